@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, wraps
@@ -40,6 +41,7 @@ __version__ = "1.0.0"
 PROG = "source_extractor.py"
 
 log = logging.getLogger("source_extractor")
+logging.raiseExceptions = False  # a reader of stdout may go away
 
 
 class InputError(Exception):
@@ -111,23 +113,28 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FITS_MAGIC = (b"SIMPLE", b"\x1f\x8b", b"BZh")
 
 
-class Plane(NamedTuple):
-    """One 2-D plane of a file, as stored (any numeric type), with what its header says of it."""
+class Stack(NamedTuple):
+    """What an open file holds, before one plane is cut out of it."""
 
-    data: np.ndarray
     name: str
+    axes: list[str]
+    shape: tuple[int, ...]
+    image_axes: list[int]
+    dtype: str
+    cut: Callable[[int], np.ndarray]
     wcs: WCS | None = None
     unit: str | None = None
 
 
 @dataclass(frozen=True)
 class Image:
-    """A plane ready for SEP.
+    """One 2-D plane of a file.
 
     Attributes
     ----------
     data : ndarray, shape (ny, nx)
-        Native, contiguous float32 or float64; non-finite where the file has no value.
+        As stored from `read_plane`; from `read_image` native, contiguous float32 or float64,
+        non-finite where the file has no value.
     name : str
         File, and HDU where there is one, for messages.
     dtype : str
@@ -176,7 +183,7 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
 
     Returns
     -------
-    Plane
+    Image
 
     Raises
     ------
@@ -189,35 +196,69 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     if head.startswith(TIFF_MAGIC):
+        kind, opened = "TIFF", open_tiff
         if hdu is not None:
             raise InputError(f"{path}: a TIFF file has no HDU {hdu}; leave the HDU option out")
-        with reading(path, "TIFF"):
-            return read_tiff(path, plane, lone_serves_all)
-    if head.startswith(FITS_MAGIC):
-        with reading(path, "FITS"):
-            return read_fits(path, hdu, plane, lone_serves_all)
-    raise InputError(f"{path}: neither a FITS nor a TIFF file; convert it to one of them")
+    elif head.startswith(FITS_MAGIC):
+        kind, opened = "FITS", partial(open_fits, hdu=hdu)
+    else:
+        raise InputError(f"{path}: neither a FITS nor a TIFF file; convert it to one of them")
+    with reading(path, kind), opened(path) as stack:
+        chosen = choose_plane(stack, plane, lone_serves_all)
+        return Image(stack.cut(chosen), stack.name, stack.dtype, stack.wcs, stack.unit)
 
 
-def read_fits(path, hdu, plane, lone_serves_all):
-    """Read one plane of a FITS file; parameters as in `read_plane`.
+def choose_plane(stack, plane, lone_serves_all):
+    """Return the number of the plane to cut, once it is known to exist and to fit in memory."""
+    rows, columns = (stack.shape[axis] for axis in stack.image_axes)
+    count = math.prod(stack.shape) // (rows * columns)
+    if count == 1 and (plane is None or lone_serves_all):
+        plane = 0
+    if plane is None or plane >= count:
+        layout = ", ".join(f"{name}={n}" for name, n in zip(stack.axes, stack.shape, strict=True))
+        raise InputError(
+            f"{stack.name}: {count} plane{'s' if count > 1 else ''} in axes ({layout}); choose one "
+            f"from 0 to {count - 1} with the plane option"
+        )
+    needed = 12 * rows * columns
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise InputError(
+            f"{stack.name}: {columns} x {rows} pixels need {needed / 1e9:.0f} GB of memory, of "
+            f"{present / 1e9:.0f} GB here; cut the image into parts"
+        )
+    return plane
 
-    The image axes are the last two that are longer than 1.
-    """
+
+@contextmanager
+def open_fits(path, hdu):
+    """Open a FITS file as a `Stack`; the image axes are the last two that are longer than 1."""
     # uint=False: else astropy ignores BLANK in unsigned integers.
     with fits.open(path, memmap=False, uint=False) as hdus:
         chosen = find_hdu(path, hdus, hdu)
         header, shape = chosen.header, chosen.shape
-        image_axes = ([axis for axis, n in enumerate(shape) if n > 1] or [0])[-2:]
-        if len(image_axes) < 2:
-            image_axes = [len(shape) - 2, len(shape) - 1]
+        long_axes = [axis for axis, length in enumerate(shape) if length > 1]
+        image_axes = long_axes[-2:] if len(long_axes) > 1 else [len(shape) - 2, len(shape) - 1]
+        others = [axis for axis in range(len(shape)) if axis not in image_axes]
+
+        def cut(plane):
+            index = [slice(None)] * len(shape)
+            position = np.unravel_index(plane, [shape[axis] for axis in others])
+            for axis, place in zip(others, position, strict=True):
+                index[axis] = int(place)
+            return chosen.section[tuple(index)]
+
         numbers = [len(shape) - axis for axis in range(len(shape))]
-        labels = [header.get(f"CTYPE{n}") or f"NAXIS{n}" for n in numbers]
-        index = plane_index(path, shape, labels, image_axes, plane, lone_serves_all)
-        data = chosen.section[index]
-        wcs = celestial_wcs(path, hdus, header, [numbers[axis] for axis in reversed(image_axes)])
-        name = f"{path}[{hdus.index_of(chosen)}]" + (f" {chosen.name}" if chosen.name else "")
-    return Plane(data, name, wcs, str(header["BUNIT"]) if header.get("BUNIT") else None)
+        yield Stack(
+            name=f"{path}[{hdus.index_of(chosen)}]" + (f" {chosen.name}" if chosen.name else ""),
+            axes=[header.get(f"CTYPE{n}") or f"NAXIS{n}" for n in numbers],
+            shape=shape,
+            image_axes=image_axes,
+            dtype=fits.BITPIX2DTYPE[header["BITPIX"]],
+            cut=cut,
+            wcs=celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]]),
+            unit=str(header["BUNIT"]) if header.get("BUNIT") else None,
+        )
 
 
 def find_hdu(path, hdus, wanted):
@@ -227,10 +268,10 @@ def find_hdu(path, hdus, wanted):
             if holds_image(hdu):
                 return hdu
         raise InputError(f"{path}: no HDU holds an image ({describe_hdus(hdus)})")
-    name, _, version = wanted.partition(",")
-    key = int(name) if name.isdecimal() else (name, int(version)) if version else name
+    name, _, version = wanted.rpartition(",")
+    key = (name, int(version)) if name and version.isdecimal() else wanted
     try:
-        hdu = hdus[key]
+        hdu = hdus[int(wanted) if wanted.isdecimal() else key]
     except (KeyError, IndexError):
         hdu = None
     if hdu is None or not holds_image(hdu):
@@ -264,56 +305,26 @@ def celestial_wcs(path, hdus, header, axes):
         return None
 
 
-def read_tiff(path, plane, lone_serves_all):
-    """Read one plane of the first series of a TIFF file; parameters as in `read_plane`."""
+@contextmanager
+def open_tiff(path):
+    """Open the first series of a TIFF file as a `Stack`."""
     with tifffile.TiffFile(path) as tiff:
         series = tiff.series[0]
         axes, shape, page = series.axes, series.shape, series.keyframe
         image_axes = [axes.index("Y"), axes.index("X")]
-        index = plane_index(path, shape, axes, image_axes, plane, lone_serves_all)
-        page_per_plane = sorted(image_axes) == [len(axes) - 2, len(axes) - 1] and len(
-            series.pages
-        ) == math.prod(shape[:-2])
-        if page_per_plane and not series.is_truncated:
-            number = np.ravel_multi_index(index[:-2], shape[:-2]) if len(shape) > 2 else 0
-            data = series.pages[int(number)].asarray()
-        else:
-            data = series.asarray()[index]
-        if image_axes[0] > image_axes[1]:
-            data = data.T
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and data.dtype.kind in "bu":
-            data = ~data if page.bitspersample == 1 else (1 << page.bitspersample) - 1 - data
-    return Plane(data, str(path))
+        one_page_a_plane = axes.endswith("YX") and len(series.pages) == math.prod(shape[:-2])
 
+        def cut(plane):
+            if one_page_a_plane and not series.is_truncated:
+                data = series.pages[plane].asarray()
+            else:
+                planes = np.moveaxis(series.asarray(), image_axes, (-2, -1))
+                data = planes.reshape(-1, *planes.shape[-2:])[plane]
+            if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and data.dtype.kind in "bu":
+                data = ~data if page.bitspersample == 1 else (1 << page.bitspersample) - 1 - data
+            return data
 
-def plane_index(path, shape, labels, image_axes, plane, lone_serves_all):
-    """Return the index that cuts the asked-for plane out of an array of this shape."""
-    others = [axis for axis in range(len(shape)) if axis not in image_axes]
-    lengths = [shape[axis] for axis in others]
-    count = math.prod(lengths)
-    if count == 1 and lone_serves_all:
-        plane = 0
-    if (plane is None and count > 1) or (plane is not None and plane >= count):
-        layout = ", ".join(f"{label}={n}" for label, n in zip(labels, shape, strict=True))
-        raise InputError(
-            f"{path}: {count} plane{'s' if count > 1 else ''} in axes ({layout}); "
-            f"choose one from 0 to {count - 1}"
-        )
-    require_memory(path, shape[image_axes[0]] * shape[image_axes[1]])
-    index = [slice(None)] * len(shape)
-    for axis, position in zip(others, np.unravel_index(plane or 0, lengths), strict=True):
-        index[axis] = int(position)
-    return tuple(index)
-
-
-def require_memory(path, pixels):
-    """Refuse an image that this machine's memory can't hold, whatever its header claims."""
-    needed, present = 12 * pixels, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > present:
-        raise InputError(
-            f"{path}: {pixels:.3g} pixels need {needed / 1e9:.0f} GB of memory, "
-            f"of {present / 1e9:.0f} GB here; cut the image into parts"
-        )
+        yield Stack(str(path), list(axes), shape, image_axes, series.dtype.name, cut)
 
 
 def to_float(path, data):
@@ -334,9 +345,8 @@ def read_image(path, hdu=None, plane=None):
     Image
         float64 where the file has float64 or integers of more than 16 bits, else float32.
     """
-    found = read_plane(path, hdu, plane)
-    data = to_float(path, found.data)
-    return Image(data, found.name, found.data.dtype.name, found.wcs, found.unit)
+    image = read_plane(path, hdu, plane)
+    return replace(image, data=to_float(path, image.data))
 
 
 def read_aligned(path, hdu, plane, shape):
@@ -562,18 +572,18 @@ class Detections(NamedTuple):
 
 @stage
 def estimate_background(image, mask, settings):
-    """Return the `sep.Background` of an image (ny, nx), or None if no box is good enough for one.
-
-    A box counts if at least half of its pixels are not masked.
-    """
-    rows = np.arange(0, image.shape[0], settings.bh)
-    columns = np.arange(0, image.shape[1], settings.bw)
-    good = np.add.reduceat(np.add.reduceat(~mask, rows, axis=0, dtype=np.int64), columns, axis=1)
-    heights = np.diff(rows, append=image.shape[0])
-    widths = np.diff(columns, append=image.shape[1])
-    if not (2 * good >= np.outer(heights, widths)).any():
+    """Return the `sep.Background` of an image (ny, nx), or None if SEP could use no box of it."""
+    if mask.any() and not has_usable_box(mask, settings.bw, settings.bh):
         return None
     return sep.Background(image, mask=mask, **asdict(settings))
+
+
+def has_usable_box(mask, bw, bh):
+    """Tell if half of the pixels of any box are not masked; SEP takes no box with fewer."""
+    rows, columns = np.arange(0, mask.shape[0], bh), np.arange(0, mask.shape[1], bw)
+    good = np.add.reduceat(np.add.reduceat(~mask, rows, axis=0, dtype=np.int64), columns, axis=1)
+    heights, widths = np.diff(rows, append=mask.shape[0]), np.diff(columns, append=mask.shape[1])
+    return (2 * good >= np.outer(heights, widths)).any()
 
 
 def model_background(image, mask, settings, passes, find):
@@ -925,13 +935,10 @@ def block_maxima(strip, starts):
     return np.maximum.reduceat(strip.max(axis=0), starts)
 
 
-def new_figure(shape, panels=1):
-    """Return a figure of `panels` x `panels` axes for an image of this shape (ny, nx)."""
-    ny, nx = shape
-    longest = max(shape)
-    size = (panels * (1 + 8 * max(nx / longest, 0.2)), panels * (0.6 + 8 * max(ny / longest, 0.2)))
-    figure = Figure(figsize=size, dpi=120 / panels**0.5, layout="compressed")
-    return figure, figure.subplots(panels, panels, squeeze=False).ravel()
+def panel_size(shape):
+    """Return the width and height in inches of the panel for an image of this shape (ny, nx)."""
+    height, width = (8 * max(length / max(shape), 0.2) for length in shape)
+    return width, height
 
 
 def show_image(axes, picture, shape, **style):
@@ -972,7 +979,12 @@ def draw_overlay(path, residual, catalog, frame):
     catalog : DataFrame
     frame : Frame
     """
-    figure, (axes,) = new_figure(residual.shape)
+    width, height = panel_size(residual.shape)
+    whole_width, whole_height = width + 1, height + 0.8
+    figure = Figure(figsize=(whole_width, whole_height), dpi=120)
+    axes = figure.add_axes(
+        (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height)
+    )
     show_sources(axes, residual, catalog, frame)
     figure.savefig(path, format="png")
 
@@ -989,7 +1001,9 @@ def draw_overview(path, residual, background, segmentation, catalog, frame):
     segmentation : ndarray of int, shape (ny, nx)
     """
     shape = residual.shape
-    figure, panels = new_figure(shape, panels=2)
+    width, height = panel_size(shape)
+    figure = Figure(figsize=(2 * width + 3, 2 * height + 1.5), dpi=85, layout="compressed")
+    panels = figure.subplots(2, 2).ravel()
     level = frame.levels(shrink(background.back(), block_means))
     noise = frame.differences(shrink(background.rms(), block_means))
     colours = np.random.default_rng(0).uniform(0.3, 1, (len(catalog) + 1, 3))

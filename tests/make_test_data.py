@@ -1,0 +1,133 @@
+"""Write the files in test-data/: a simulated sky with truth, mask and kernel, and a real picture.
+
+    make_test_data.py [DIRECTORY]
+
+sky.fits                 sky like the DESI Legacy Surveys' in g: two bright stars that pull the
+                         background up, faint galaxies and stars, a gradient, a TAN WCS
+sky_truth.tsv            its sources, as `sky.simulate` knows them
+sky_mask.fits            1 in the rectangles MASK_BOXES around the bright stars, else 0
+kernel.conv              Gaussian of KERNEL_FWHM pixels in SExtractor's filter format
+hubble_deep_field.tiff   grey crop of the Hubble Deep Field (R. Williams, the HDF team and NASA;
+                         public domain), from the picture that scikit-image ships
+
+Everything comes from the seed, so that the files are the same whenever they are made. The picture
+needs scikit-image and tifffile, the others numpy and astropy.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from astropy.io import fits
+from skimage.data import hubble_deep_field
+from sky import random_sources, simulate, stars, tan_wcs, vstack
+
+SEED = 20240
+SHAPE = (360, 360)
+NOISE = 0.001  # nanomaggy, of a pixel
+NUMBER = 80
+
+# XMIN XMAX YMIN YMAX, ends included, 0-based: what --mask-box takes, once for each.
+MASK_BOXES = ((4, 140, 215, 351), (232, 351, 12, 130))
+
+KERNEL_SIZE = 5
+KERNEL_FWHM = 3.0
+
+PICTURE_ROWS = slice(240, 640)
+PICTURE_COLUMNS = slice(300, 700)
+LUMINANCE = (0.299, 0.587, 0.114)  # of R, G, B: ITU-R BT.601
+
+
+def sky():
+    """Image of SHAPE in nanomaggies, its header, and its truth table."""
+    psf = {"fwhm": 3.6, "beta": 3.0}
+    faint = random_sources(
+        SHAPE,
+        NUMBER,
+        seed=SEED,
+        flux=(0.25, 12.0),
+        slope=0.7,
+        galaxy_fraction=0.6,
+        radius=(1.0, 4.0),
+        **psf,
+    )
+    centres = [72.3, 291.8], [283.6, 71.2]
+    bright = stars(*centres, [900.0, 500.0], fwhm=6.0, beta=2.5)
+    halos = stars(*centres, [450.0, 320.0], fwhm=70.0, beta=5.0)
+    halos["kind"] = "halo"
+    wcs = tan_wcs(SHAPE, ra=186.445, dec=12.662, scale=0.262)
+    image, truth = simulate(
+        SHAPE,
+        vstack([bright, halos, faint]),
+        seed=SEED + 1,
+        level=0.0005,
+        gradient=(0.0005, 0.0003),
+        noise=NOISE,
+        wcs=wcs,
+    )
+    header = wcs.to_header()
+    header["BUNIT"] = ("nanomaggy", "1 nanomaggy is 22.5 mag (AB)")
+    header["BAND"] = ("g", "that the levels are like")
+    header["COMMENT"] = "Simulated by tests/make_test_data.py; sky_truth.tsv lists the sources."
+    return image, header, truth
+
+
+def mask():
+    """Mask of SHAPE, uint8, and a header that says which boxes it is made of."""
+    excluded = np.zeros(SHAPE, np.uint8)
+    header = fits.Header()
+    header["COMMENT"] = "1: masked. The same as:"
+    for xmin, xmax, ymin, ymax in MASK_BOXES:
+        excluded[ymin : ymax + 1, xmin : xmax + 1] = 1
+        header["COMMENT"] = f"--mask-box {xmin} {xmax} {ymin} {ymax}"
+    return excluded, header
+
+
+def kernel():
+    """Text of a Gaussian kernel of KERNEL_SIZE x KERNEL_SIZE in SExtractor's format, peak 1."""
+    offset = np.arange(KERNEL_SIZE) - KERNEL_SIZE // 2
+    profile = 2.0 ** -((2 * offset / KERNEL_FWHM) ** 2)
+    rows = (" ".join(f"{value:.6f}" for value in row) for row in np.outer(profile, profile))
+    title = f"# {KERNEL_SIZE}x{KERNEL_SIZE} Gaussian with FWHM = {KERNEL_FWHM} pixels."
+    return "\n".join(["CONV NORM", title, *rows]) + "\n"
+
+
+def picture():
+    """Part of the Hubble Deep Field in grey, (400, 400) uint8."""
+    colours = hubble_deep_field()[PICTURE_ROWS, PICTURE_COLUMNS]
+    return np.rint(colours @ LUMINANCE).astype(np.uint8)
+
+
+def main(argv=None):
+    """Write all files."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        type=Path,
+        default=Path(__file__).resolve().parent.parent / "test-data",
+        help="where to (%(default)s)",
+    )
+    directory = parser.parse_args(argv).directory
+    directory.mkdir(parents=True, exist_ok=True)
+
+    image, header, truth = sky()
+    fits.writeto(directory / "sky.fits", image, header, overwrite=True)
+    truth.write(directory / "sky_truth.tsv", format="ascii.tab", overwrite=True)
+    fits.writeto(directory / "sky_mask.fits", *mask(), overwrite=True)
+    (directory / "kernel.conv").write_text(kernel())
+    tifffile.imwrite(
+        directory / "hubble_deep_field.tiff",
+        picture(),
+        compression="zlib",
+        predictor=True,
+        metadata=None,
+        description="Hubble Deep Field, part of; R. Williams and the HDF team (STScI) and NASA",
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Source extraction as a first version would do it, for the benchmark to compare with.
+
+It takes the steps of SEP's tutorial one after the other, with SEP's defaults, and writes the same
+five products: background, RMS, segmentation, overlay and catalogue.
+
+    naive.py IMAGE OUTPUT_DIR
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import sep
+from astropy.io import fits
+from matplotlib.patches import Ellipse
+
+
+def main(image_path, output_dir):
+    """Extract the sources of a FITS image of shape (ny, nx) and write the products."""
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    data = fits.getdata(image_path).astype(np.float64)
+    background = sep.Background(data)
+    level = background.back()
+    noise = background.rms()
+    subtracted = data - level
+    sep.set_extract_pixstack(data.size)
+    sources, segmentation = sep.extract(
+        subtracted, 1.5, err=background.globalrms, segmentation_map=True
+    )
+
+    fits.writeto(output / "background.fits", level, overwrite=True)
+    fits.writeto(output / "rms.fits", noise, overwrite=True)
+    fits.writeto(output / "segmentation.fits", segmentation, overwrite=True)
+    pd.DataFrame(sources).to_csv(output / "catalog.tsv", sep="\t", index=False)
+
+    ny, nx = data.shape
+    figure, axes = plt.subplots(figsize=(nx / 100, ny / 100), dpi=100)
+    mean, sigma = np.mean(subtracted), np.std(subtracted)
+    axes.imshow(
+        subtracted,
+        interpolation="nearest",
+        cmap="gray",
+        vmin=mean - sigma,
+        vmax=mean + sigma,
+        origin="lower",
+    )
+    for source in sources:
+        ellipse = Ellipse(
+            xy=(source["x"], source["y"]),
+            width=6 * source["a"],
+            height=6 * source["b"],
+            angle=np.degrees(source["theta"]),
+        )
+        ellipse.set_facecolor("none")
+        ellipse.set_edgecolor("red")
+        axes.add_artist(ellipse)
+    figure.savefig(output / "sources.png")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
