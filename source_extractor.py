@@ -100,6 +100,16 @@ class ExtractionSettings:
     clean_param: float = 1.0
 
 
+@dataclass(frozen=True)
+class PhotometrySettings:
+    """How to measure: magnitude of one count, Kron ellipse in (a, b), apertures in pixels."""
+
+    zeropoint: float = 0.0
+    kron_factor: float = 2.5
+    kron_min_radius: float = 3.5
+    aperture_diameters: tuple[float, ...] = ()
+
+
 def settings_from(args, kind):
     """Return the settings dataclass `kind`, filled from the parsed options of the same names."""
     return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
@@ -349,14 +359,19 @@ def read_image(path, hdu=None, plane=None):
     return replace(image, data=to_float(path, image.data))
 
 
-def read_aligned(path, hdu, plane, shape):
-    """Read a plane that must have the image's shape (ny, nx); a stack gives the image's plane."""
-    found = read_plane(path, hdu, plane, lone_serves_all=True)
+def require_shape(found, shape):
+    """Refuse an `Image` whose shape isn't that of the image to work on."""
     if found.data.shape != shape:
         raise InputError(
             f"{found.name}: its shape (rows, columns) is {found.data.shape}, the image's {shape}; "
             "give a file that was made for this image"
         )
+
+
+def read_aligned(path, hdu, plane, shape):
+    """Read a plane that must have the image's shape (ny, nx); a stack gives the image's plane."""
+    found = read_plane(path, hdu, plane, lone_serves_all=True)
+    require_shape(found, shape)
     return found.data
 
 
@@ -393,6 +408,33 @@ def read_noise(path, hdu, plane, kind, shape):
     if not ((noise > 0) & np.isfinite(noise)).any():
         raise InputError(f"{path}: no pixel holds a usable {kind}; see --err-type")
     return noise
+
+
+def read_measure_image(path, hdu, plane, image):
+    """Read the image to measure on: it must have the shape of `image`, and should have its WCS."""
+    other = read_image(path, hdu, plane)
+    require_shape(other, image.data.shape)
+    if image.wcs and other.wcs:
+        offset = wcs_offset(image.wcs, other.wcs, image.data.shape)
+        if not offset <= 0.5:
+            log.warning(
+                "%s: its WCS puts the corners of the image up to %.1f pixels away; measured pixel "
+                "by pixel all the same",
+                *(other.name, offset),
+            )
+    return other
+
+
+def wcs_offset(one, other, shape):
+    """Return how far apart, in pixels, two WCS put the corners of an image (ny, nx) at the most."""
+    x, y = np.meshgrid([0, shape[1] - 1], [0, shape[0] - 1])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            there = other.world_to_pixel(one.pixel_to_world(x, y))
+    except Exception:  # wcslib and the frames raise many kinds
+        return math.inf
+    return float(np.max(np.hypot(there[0] - x, there[1] - y)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -528,12 +570,6 @@ class Frame:
         image -= self.offset
         image /= self.scale
 
-    def settings(self, settings, err_option):
-        """Return `ExtractionSettings` for the frame: absolute threshold and gain rescaled."""
-        thresh = settings.thresh / (self.scale if err_option == "none" else 1)
-        gain = settings.gain and settings.gain * self.scale
-        return replace(settings, thresh=thresh, gain=gain)
-
     def levels(self, values):
         """Bring levels back into image values, in place, and return them."""
         values *= self.scale
@@ -562,12 +598,113 @@ MAX_SUB_OBJECTS = 32767
 NO_WEIGHT = 1e30
 
 
+@dataclass(frozen=True)
+class Method:
+    """How to find sources: all that is the same for every image."""
+
+    kernel: np.ndarray | None
+    err_option: str
+    background_passes: int
+    background: BackgroundSettings
+    extraction: ExtractionSettings
+
+    def within(self, frame):
+        """Return the method with everything that has the image's unit brought into the frame."""
+        extraction = self.extraction
+        if self.err_option == "none":
+            extraction = replace(extraction, thresh=extraction.thresh / frame.scale)
+        if extraction.gain is not None:
+            extraction = replace(extraction, gain=extraction.gain * frame.scale)
+        background = replace(self.background, fthresh=self.background.fthresh / frame.scale)
+        return replace(self, background=background, extraction=extraction)
+
+    def for_another_image(self):
+        """Return the method without what was given for one image only: its noise, a threshold."""
+        array = self.err_option == "array_rms"
+        return self if array else replace(self, err_option="float_globalrms")
+
+
 class Detections(NamedTuple):
     """SEP's 30 fields an object, the map (ny, nx) that labels it index + 1, and the noise."""
 
     objects: np.ndarray
     segmentation: np.ndarray
     noise: float | np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Field:
+    """An image with its background taken off, as `subtract_background` leaves it.
+
+    Attributes
+    ----------
+    residual : ndarray, shape (ny, nx)
+    mask : ndarray of bool, shape (ny, nx)
+    noise : ndarray, shape (ny, nx), or None
+        The noise image that was given.
+    frame : Frame
+        In which all of these are.
+    method : Method
+        For the frame.
+    background : sep.Background
+    """
+
+    residual: np.ndarray
+    mask: np.ndarray
+    noise: np.ndarray | None
+    frame: Frame
+    method: Method
+    background: sep.Background
+
+    def level_map(self):
+        """Return the background in image values."""
+        return self.frame.levels(self.background.back())
+
+    def rms_map(self):
+        """Return the background RMS in image values."""
+        return self.frame.differences(self.background.rms())
+
+
+def subtract_background(image, mask, noise, method):
+    """Estimate the background and take it off, in place.
+
+    Parameters
+    ----------
+    image : ndarray, shape (ny, nx)
+    mask : ndarray of bool, shape (ny, nx)
+    noise : ndarray, shape (ny, nx), or None
+        Noise image for the method's `err_option` "file".
+    method : Method
+
+    Returns
+    -------
+    Field
+
+    Raises
+    ------
+    InputError
+        If too little of the image is unmasked.
+    """
+    frame = Frame.of(image, mask)
+    frame.enter(image)
+    method = method.within(frame)
+    if noise is not None:
+        noise = noise / frame.scale
+    background = estimate_background(image, mask, method.background)
+    if background is None:
+        raise InputError(
+            f"no background box of {method.background.bw} x {method.background.bh} pixels has half "
+            "of its pixels unmasked; mask less, or take other boxes with --bw and --bh"
+        )
+    if method.background_passes == 2:
+        first = Field(image - background, mask, noise, frame, method, background)
+        grown = grow_mask(mask, find_sources(first).objects)
+        again = estimate_background(image, grown, method.background)
+        if again is None:
+            log.warning("sources fill every background box: kept the background of the first pass")
+        background = again or background
+    background.subfrom(image)
+    return Field(image, mask, noise, frame, method, background)
 
 
 @stage
@@ -586,38 +723,6 @@ def has_usable_box(mask, bw, bh):
     return (2 * good >= np.outer(heights, widths)).any()
 
 
-def model_background(image, mask, settings, passes, find):
-    """Estimate the background, in two passes on request.
-
-    Parameters
-    ----------
-    image : ndarray, shape (ny, nx)
-    mask : ndarray of bool, shape (ny, nx)
-    settings : BackgroundSettings
-    passes : {1, 2}
-        With 2, the sources that `find` sees over the first background are masked for the second.
-    find : callable
-        From a residual and its background to `Detections`.
-
-    Returns
-    -------
-    sep.Background
-    """
-    background = estimate_background(image, mask, settings)
-    if background is None:
-        raise InputError(
-            f"no background box of {settings.bw} x {settings.bh} pixels has half of its pixels "
-            "unmasked; mask less, or take other boxes with --bw and --bh"
-        )
-    if passes == 1:
-        return background
-    grown = grow_mask(mask, find(image - background, background).objects)
-    again = estimate_background(image, grown, settings)
-    if again is None:
-        log.warning("sources fill every background box: kept the background of the first pass")
-    return again or background
-
-
 def grow_mask(mask, objects):
     """Return a copy of the mask that covers the objects as well, out to `GROWTH` times (a, b)."""
     grown = mask.copy()
@@ -627,18 +732,14 @@ def grow_mask(mask, objects):
     return grown
 
 
-def choose_noise(option, background, residual, mask, noise):
-    """Return the noise to detect against, and the mask with the pixels added that have none.
+def global_rms(background):
+    """Return the global RMS of a `sep.Background`; where there is no noise SEP calls it 1."""
+    rms = background.globalrms
+    return 0.0 if rms == 1 and not background.rms().any() else rms
 
-    Parameters
-    ----------
-    option : {"float_globalrms", "array_rms", "none", "file"}
-    background : sep.Background
-    residual : ndarray, shape (ny, nx)
-        Background-subtracted image.
-    mask : ndarray of bool, shape (ny, nx)
-    noise : ndarray, shape (ny, nx), or None
-        The noise image for the option "file", as standard deviations.
+
+def choose_noise(field):
+    """Return the noise to detect against, and the mask with the pixels added that have none.
 
     Returns
     -------
@@ -651,49 +752,48 @@ def choose_noise(option, background, residual, mask, noise):
     InputError
         If the noise was to be measured, and there is none, but there are sources.
     """
+    option = field.method.err_option
     if option == "none":
-        return None, mask
-    # SEP calls the global RMS 1 where it finds no noise at all.
-    if option != "file" and background.globalrms == 1 and not background.rms().any():
-        if residual[~mask].any():
+        return None, field.mask
+    if option != "file" and global_rms(field.background) == 0:
+        if field.residual[~field.mask].any():
             raise InputError(
                 "the background has no noise, so a threshold in units of it has no meaning; give "
                 "an absolute one with --err-option none, or the noise with --err-option file"
             )
         log.warning("the image is constant: no sources")
-        return 0.0, mask
+        return 0.0, field.mask
     if option == "float_globalrms":
-        return background.globalrms, mask
-    if option == "array_rms":
-        noise = background.rms()
-    mask = mask | ~((noise > 0) & np.isfinite(noise))
+        return global_rms(field.background), field.mask
+    noise = field.background.rms() if option == "array_rms" else field.noise
+    mask = field.mask | ~((noise > 0) & np.isfinite(noise))
     return np.where(mask, noise.dtype.type(NO_WEIGHT), noise), mask
 
 
 @stage
-def detect(residual, mask, noise, kernel, settings):
+def find_sources(field):
     """Run `sep.extract`, with its internal limits grown as far as this image needs.
 
     Parameters
     ----------
-    residual : ndarray, shape (ny, nx)
-        Background-subtracted image; as it was when the function returns.
-    mask : ndarray of bool, shape (ny, nx)
-    noise : float, ndarray of shape (ny, nx), or None
-    kernel : ndarray, or None
-    settings : ExtractionSettings
+    field : Field
 
     Returns
     -------
     Detections
     """
+    residual, kernel = field.residual, field.method.kernel
+    noise, mask = choose_noise(field)
     sep.set_extract_pixstack(PIXEL_STACK)
     sep.set_sub_object_limit(SUB_OBJECTS)
     # SEP filters the first rows before it has applied the mask to them.
     first = residual[: 0 if kernel is None else kernel.shape[0] // 2]
     kept = first.copy()
     first[mask[: len(first)]] = 0
-    keywords = asdict(settings) | {"filter_kernel": kernel, "segmentation_map": True}
+    keywords = asdict(field.method.extraction) | {
+        "filter_kernel": kernel,
+        "segmentation_map": True,
+    }
     try:
         while True:
             try:
@@ -729,6 +829,174 @@ def matched_depth(kernel):
     has an array n, but sum(k f) / sum|k| with the threshold times n where it has one number.
     """
     return float(np.abs(kernel).sum() / np.sqrt(np.square(kernel).sum()))
+
+
+# ---------------------------------------------------------------------------------------------
+# Measurements
+# ---------------------------------------------------------------------------------------------
+
+# SExtractor's KRON_NSIG: the Kron radius and the growth curve reach this far, in units of (a, b).
+KRON_REACH = 6.0
+
+# SExtractor's window for XWIN_IMAGE: its sigma per half-light radius, its reach in sigmas.
+WINDOW_SIGMA = 2 / 2.35
+WINDOW_REACH = 4.0
+
+# The label of masked pixels while sources are measured; exact in float32, in which SEP compares.
+MASKED = 2**30
+
+
+@contextmanager
+def masked_as_neighbours(segmentation, mask):
+    """Give masked pixels a label of their own, so that SEP leaves them out as it does neighbours.
+
+    With `mask=` beside `segmap=` SEP would scale each sum up by the area of both, and so the flux
+    would depend on whether there is a mask. Done in place, and undone.
+    """
+    hidden = segmentation[mask]
+    segmentation[mask] = MASKED
+    yield segmentation
+    segmentation[mask] = hidden
+
+
+@stage
+def measure(field, objects, segmentation, noise, settings):
+    """Measure sizes, Kron and aperture fluxes, and windowed centroids.
+
+    Neighbours and masked pixels are left out of every sum.
+
+    Parameters
+    ----------
+    field : Field
+        To measure on.
+    objects : structured ndarray
+        `sep.extract`'s objects.
+    segmentation : ndarray of int32, shape (ny, nx)
+        Their map: 0 for sky, index + 1 for an object.
+    noise : float or ndarray of shape (ny, nx)
+        Standard deviations of the pixels, in the field's frame.
+    settings : PhotometrySettings
+
+    Returns
+    -------
+    DataFrame
+        A row an object, in pixels and image values; nan where there is nothing to measure.
+
+    Notes
+    -----
+    The Kron radius (Kron 1980) is SExtractor's: max(kron_factor r_k, kron_min_radius) in units of
+    (a, b); like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
+    """
+    ids = np.arange(1, len(objects) + 1, dtype=np.int32)
+    x, y, a, b, theta, sane = sane_shapes(objects)
+    image, errors = field.residual, {"err": noise, "gain": field.method.extraction.gain}
+    with masked_as_neighbours(segmentation, field.mask) as labels:
+        others = {"segmap": labels, "seg_id": ids[sane]}
+        r_k, kron_flag = sep.kron_radius(image, x, y, a, b, theta, KRON_REACH, **others)
+        r_k = np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
+        kron = np.maximum(settings.kron_factor * r_k, settings.kron_min_radius)
+        flux, error, flag = sep.sum_ellipse(
+            image, x, y, a, b, theta, kron, subpix=1, **errors, **others
+        )
+        limit = KRON_REACH * a
+        radius, _ = sep.flux_radius(image, x, y, limit, 0.5, normflux=flux, subpix=5, **others)
+        radius[~((flux > 0) & (radius < limit))] = np.nan
+        xwin, ywin = windowed_centroids(image, labels, ids[sane], x, y, radius)
+        in_image_values = field.frame.differences
+        found = {
+            "kron_radius": kron,
+            "flux_auto": in_image_values(flux),
+            "fluxerr_auto": in_image_values(error),
+            "flux_radius": radius,
+            "xwin": xwin,
+            "ywin": ywin,
+        }
+        for diameter in settings.aperture_diameters:
+            flux, error, _ = sep.sum_circle(image, x, y, diameter / 2, **errors, **others)
+            found[f"flux_aper_{diameter:g}"] = in_image_values(flux)
+            found[f"fluxerr_aper_{diameter:g}"] = in_image_values(error)
+    measured = pd.DataFrame(found, index=ids[sane])
+    measured[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
+    measured["flag_auto"] = flag | kron_flag
+    measured = measured.reindex(ids).reset_index(drop=True)
+    measured["flag_auto"] = measured["flag_auto"].fillna(sep.APER_ALLMASKED).astype(np.int64)
+    return measured
+
+
+def sane_shapes(objects):
+    """Return x, y, a, b, theta of the objects that SEP can measure, and which these are.
+
+    One that it refuses would make it give up on all: a shape that is not finite, or a theta that
+    was a float32 and is a hair over pi/2.
+    """
+    x, y, a, b, theta = (objects[name] for name in ("x", "y", "a", "b", "theta"))
+    a, b = np.maximum(a, b), np.minimum(a, b)
+    theta = np.mod(theta + np.pi / 2, np.pi) - np.pi / 2
+    sane = np.isfinite(x + y + a + theta) & (b > 0)
+    return *(values[sane] for values in (x, y, a, b, theta)), sane
+
+
+def windowed_centroids(image, labels, ids, x, y, radius):
+    """Return the centroids in a Gaussian window, nan where a source has no `radius`.
+
+    SExtractor's XWIN_IMAGE and YWIN_IMAGE. `sep.winpos` knows no neighbours, and would run to a
+    bright one: a source that has any in reach is measured on a stamp of its own without them.
+
+    Parameters
+    ----------
+    image, labels
+        As in `measure`.
+    ids, x, y, radius : ndarray
+        Labels, positions and half-light radii (pixels) of the sources.
+
+    Returns
+    -------
+    xwin, ywin : ndarray
+    """
+    xwin, ywin = np.full((2, len(x)), np.nan)
+    sized = np.flatnonzero(np.isfinite(radius))
+    ids, x, y = ids[sized], x[sized], y[sized]
+    sigma = WINDOW_SIGMA * np.maximum(radius[sized], 0.5)
+    reach = 1.25 * WINDOW_REACH * sigma + 2  # the window moves
+    _, _, flag = sep.sum_circle(image, x, y, reach, segmap=labels, seg_id=ids, subpix=1)
+    crowded = (flag & sep.APER_HASMASKED) > 0
+    found = np.full((2, len(x)), np.nan)
+    found[:, ~crowded] = sep.winpos(image, x[~crowded], y[~crowded], sigma[~crowded])[:2]
+    for i in np.flatnonzero(crowded):
+        stamp, left, bottom = lone_stamp(image, labels, ids[i], x[i], y[i], reach[i])
+        at_x, at_y, _ = sep.winpos(stamp, [x[i] - left], [y[i] - bottom], [sigma[i]])
+        found[:, i] = at_x[0] + left, at_y[0] + bottom
+    strayed = np.hypot(found[0] - x, found[1] - y) > 2 * sigma
+    found[:, strayed] = np.nan
+    xwin[sized], ywin[sized] = found
+    return xwin, ywin
+
+
+def lone_stamp(image, labels, label, x, y, reach):
+    """Cut out a source and replace what isn't its own, as SExtractor's MASK_TYPE CORRECT does.
+
+    A foreign pixel takes the value opposite to it about (x, y), or 0 where that is foreign too.
+
+    Returns
+    -------
+    stamp : ndarray
+    left, bottom : int
+        Column and row of the image at the stamp's first pixel.
+    """
+    left, bottom = math.ceil(x - reach), math.ceil(y - reach)
+    # The last pixel is the one opposite to the first, so that a flip swaps opposite pixels.
+    width, height = round(2 * x) - 2 * left + 1, round(2 * y) - 2 * bottom + 1
+    stamp, foreign = np.zeros((height, width), image.dtype), np.ones((height, width), bool)
+    rows = slice(max(bottom, 0), min(bottom + height, image.shape[0]))
+    columns = slice(max(left, 0), min(left + width, image.shape[1]))
+    inside = (
+        slice(rows.start - bottom, rows.stop - bottom),
+        slice(columns.start - left, columns.stop - left),
+    )
+    stamp[inside] = image[rows, columns]
+    foreign[inside] = (labels[rows, columns] != 0) & (labels[rows, columns] != label)
+    opposite = np.where(foreign[::-1, ::-1], 0, stamp[::-1, ::-1])
+    return np.where(foreign, opposite, stamp), left, bottom
 
 
 # ---------------------------------------------------------------------------------------------
@@ -776,24 +1044,96 @@ COLUMNS = (
     Column("xpeak", "pixel", "column of the highest pixel"),
     Column("ypeak", "pixel", "row of the highest pixel"),
     Column("flag", None, "extraction flags"),
+    Column("ra", "deg", "right ascension of (x, y), ICRS"),
+    Column("dec", "deg", "declination of (x, y), ICRS"),
+    Column("elongation", None, "a / b"),
+    Column("fwhm", "pixel", "FWHM of a Gaussian of the same a and b"),
+    Column("background", "image", "background level at the object"),
+    Column("rms", "image", "background RMS at the object"),
+    Column("kron_radius", None, "Kron radius of the AUTO ellipse in units of a and b"),
+    Column("flux_auto", "image", "flux in the Kron ellipse"),
+    Column("fluxerr_auto", "image", "error of flux_auto"),
+    Column("mag_auto", "mag", "magnitude of flux_auto"),
+    Column("magerr_auto", "mag", "error of mag_auto"),
+    Column("snr", None, "flux_auto / fluxerr_auto"),
+    Column("flux_radius", "pixel", "radius of the circle that holds half of flux_auto"),
+    Column("xwin", "pixel", "windowed centroid along x"),
+    Column("ywin", "pixel", "windowed centroid along y"),
+    Column("flag_auto", None, "photometry flags"),
 )
 
 
-def build_catalog(objects, frame):
-    """Return the catalogue as a DataFrame, a row an object, in image values.
+def catalog_columns(diameters):
+    """Return all columns of the catalogue, with those for the aperture diameters (pixels)."""
+    return COLUMNS + tuple(
+        Column(f"{quantity}_aper_{diameter:g}", unit, f"{text} of {diameter:g} pixels diameter")
+        for diameter in diameters
+        for quantity, unit, text in (
+            ("flux", "image", "flux in a circle"),
+            ("fluxerr", "image", "error of the flux in a circle"),
+            ("mag", "mag", "magnitude in a circle"),
+            ("magerr", "mag", "error of the magnitude in a circle"),
+        )
+    )
+
+
+def at_objects(values, objects):
+    """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
+    rows, columns = (np.rint(objects[name]).astype(int) for name in ("y", "x"))
+    limits = values.shape[0] - 1, values.shape[1] - 1
+    return values[np.clip(rows, 0, limits[0]), np.clip(columns, 0, limits[1])]
+
+
+def build_catalog(objects, frame, measured, wcs, settings):
+    """Return the catalogue, a row an object, with exactly the columns that the contract has.
 
     Parameters
     ----------
     objects : structured ndarray
-        `sep.extract`'s objects, as found in the frame.
+        `sep.extract`'s objects.
     frame : Frame
+        The one they were found in.
+    measured : DataFrame
+        What `measure` found, and the background and its RMS at the objects, in image values.
+    wcs : WCS or None
+    settings : PhotometrySettings
     """
-    catalog = pd.DataFrame(objects)
-    catalog.insert(0, "id", np.arange(1, len(objects) + 1))
-    for column in COLUMNS:
-        if column.unit == "image":
-            catalog[column.name] = frame.differences(catalog[column.name])
-    return catalog
+    catalog = pd.concat([pd.DataFrame(objects), measured], axis=1)
+    for name in ("thresh", "cflux", "flux", "cpeak", "peak"):
+        catalog[name] = frame.differences(catalog[name])
+    catalog["id"] = np.arange(1, len(objects) + 1)
+    catalog["ra"], catalog["dec"] = sky_positions(wcs, objects["x"], objects["y"])
+    catalog["elongation"] = catalog["a"] / catalog["b"]
+    # The FWHM of a round Gaussian is sqrt(8 ln 2) times its RMS, here sqrt((a² + b²) / 2).
+    catalog["fwhm"] = 2 * np.sqrt(math.log(2) * (catalog["a"] ** 2 + catalog["b"] ** 2))
+    catalog["snr"] = catalog["flux_auto"] / catalog["fluxerr_auto"]
+    for kind in ("auto", *(f"aper_{diameter:g}" for diameter in settings.aperture_diameters)):
+        catalog[f"mag_{kind}"], catalog[f"magerr_{kind}"] = to_magnitudes(
+            catalog[f"flux_{kind}"], catalog[f"fluxerr_{kind}"], settings.zeropoint
+        )
+    return catalog[[column.name for column in catalog_columns(settings.aperture_diameters)]]
+
+
+def to_magnitudes(flux, error, zeropoint):
+    """Return magnitudes and their errors, to first order; nan where the flux is not positive."""
+    flux = flux.where(flux > 0)
+    return zeropoint - 2.5 * np.log10(flux), 2.5 / math.log(10) * error / flux
+
+
+def sky_positions(wcs, x, y):
+    """Return right ascension and declination of pixels (0-based) in degrees, ICRS, or nan."""
+    nowhere = np.full(len(x), np.nan)
+    if wcs is None or not len(x):
+        return nowhere, nowhere
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sky = wcs.pixel_to_world(x, y).icrs
+    except Exception as error:  # wcslib and the frames raise many kinds
+        reason = " ".join(str(error).split())
+        log.warning("the WCS gives no sky positions: ra and dec are nan (%s)", reason)
+        return nowhere, nowhere
+    return sky.ra.deg, sky.dec.deg
 
 
 # ---------------------------------------------------------------------------------------------
@@ -877,10 +1217,10 @@ def write_catalog(path, catalog):
 
 
 @stage
-def write_catalog_fits(path, catalog, unit, history):
+def write_catalog_fits(path, catalog, columns, unit, history):
     """Write the catalogue as a FITS binary table with units and descriptions."""
     table = Table.from_pandas(catalog)
-    for column in COLUMNS:
+    for column in columns:
         table[column.name].unit = unit if column.unit == "image" else column.unit
         table[column.name].description = column.description
     table.meta["HISTORY"] = history
@@ -890,17 +1230,49 @@ def write_catalog_fits(path, catalog, unit, history):
 
 
 @stage
-def write_regions(path, catalog):
-    """Write a DS9 region file: ellipses of semi-axes 3a and 3b, in DS9's 1-based pixels."""
-    lines = ["# Region file format: DS9 version 4.1", "global color=red", "image"]
+def write_regions(path, catalog, wcs):
+    """Write a DS9 region file: ellipses of semi-axes 3a and 3b, labelled with the id.
+
+    In sky coordinates (ICRS) where the catalogue has them, else in DS9's 1-based pixels.
+    """
+    rows = catalog[np.isfinite(catalog[["x", "y", "a", "b", "theta"]]).all(axis=1)]
+    if rows["ra"].notna().any():
+        system, shapes = "icrs", sky_ellipses(rows[rows["ra"].notna()], wcs)
+    else:
+        x, y, a, b, theta = rows[["x", "y", "a", "b", "theta"]].to_numpy().T
+        pixels = np.column_stack([x + 1, y + 1, 3 * a, 3 * b, np.degrees(theta)])
+        system, shapes = "image", ["{:.4f},{:.4f},{:.4f},{:.4f},{:.4f}".format(*p) for p in pixels]
+    labels = rows["id"] if system == "image" else rows["id"][rows["ra"].notna()]
+    lines = ["# Region file format: DS9 version 4.1", "global color=red", system]
     lines += [
-        f"ellipse({x + 1:.4f},{y + 1:.4f},{3 * a:.4f},{3 * b:.4f},{math.degrees(theta):.4f})"
-        f" # text={{{label}}}"
-        for label, x, y, a, b, theta in zip(
-            *(catalog[name] for name in ("id", "x", "y", "a", "b", "theta")), strict=True
-        )
+        f"ellipse({shape}) # text={{{label}}}" for shape, label in zip(shapes, labels, strict=True)
     ]
     path.write_text("\n".join(lines) + "\n")
+
+
+def sky_ellipses(rows, wcs):
+    """Return DS9's parameters of sky ellipses: position (degrees), semi-axes, and angle.
+
+    DS9 counts the angle from west through north, 90 degrees ahead of the position angle.
+    """
+    x, y, a, b, theta = rows[["x", "y", "a", "b", "theta"]].to_numpy().T
+    dx, dy = 3 * np.cos(theta), 3 * np.sin(theta)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        centre = wcs.pixel_to_world(x, y).icrs
+        major = wcs.pixel_to_world(x + a * dx, y + a * dy).icrs
+        minor = wcs.pixel_to_world(x - b * dy, y + b * dx).icrs
+    return [
+        f'{ra:.7f},{dec:.7f},{semi_major:.4f}",{semi_minor:.4f}",{angle:.4f}'
+        for ra, dec, semi_major, semi_minor, angle in zip(
+            centre.ra.deg,
+            centre.dec.deg,
+            centre.separation(major).arcsec,
+            centre.separation(minor).arcsec,
+            centre.position_angle(major).deg + 90,
+            strict=True,
+        )
+    ]
 
 
 # The most pixels a side of a panel; larger images are reduced to it before anything is drawn.
@@ -948,11 +1320,11 @@ def show_image(axes, picture, shape, **style):
     return axes.imshow(picture, origin="lower", extent=extent, interpolation="nearest", **style)
 
 
-def show_sources(axes, residual, catalog, frame):
+def show_sources(axes, field, catalog):
     """Show the background-subtracted image in grey, with a red ellipse of 6a x 6b a source."""
-    picture = frame.differences(shrink(residual, block_means))
+    picture = field.frame.differences(shrink(field.residual, block_means))
     low, high = ZScaleInterval().get_limits(picture)
-    drawn = show_image(axes, picture, residual.shape, cmap="gray", vmin=low, vmax=high)
+    drawn = show_image(axes, picture, field.residual.shape, cmap="gray", vmin=low, vmax=high)
     x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
     ellipses = EllipseCollection(
         *(6 * a, 6 * b, np.degrees(theta)),
@@ -968,50 +1340,31 @@ def show_sources(axes, residual, catalog, frame):
 
 
 @stage
-def draw_overlay(path, residual, catalog, frame):
-    """Draw the picture of the sources (PNG).
-
-    Parameters
-    ----------
-    path : Path
-    residual : ndarray, shape (ny, nx)
-        Background-subtracted image, in the frame.
-    catalog : DataFrame
-    frame : Frame
-    """
-    width, height = panel_size(residual.shape)
+def draw_overlay(path, field, catalog):
+    """Draw the picture of the sources (PNG)."""
+    width, height = panel_size(field.residual.shape)
     whole_width, whole_height = width + 1, height + 0.8
     figure = Figure(figsize=(whole_width, whole_height), dpi=120)
     axes = figure.add_axes(
         (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height)
     )
-    show_sources(axes, residual, catalog, frame)
+    show_sources(axes, field, catalog)
     figure.savefig(path, format="png")
 
 
 @stage
-def draw_overview(path, residual, background, segmentation, catalog, frame):
-    """Draw four panels with colour bars: sources, background, RMS, segmentation (PNG).
-
-    Parameters
-    ----------
-    path, residual, catalog, frame
-        As in `draw_overlay`.
-    background : sep.Background
-    segmentation : ndarray of int, shape (ny, nx)
-    """
-    shape = residual.shape
+def draw_overview(path, field, catalog, segmentation):
+    """Draw four panels with colour bars: sources, background, RMS, segmentation (PNG)."""
+    shape = segmentation.shape
     width, height = panel_size(shape)
     figure = Figure(figsize=(2 * width + 3, 2 * height + 1.5), dpi=85, layout="compressed")
     panels = figure.subplots(2, 2).ravel()
-    level = frame.levels(shrink(background.back(), block_means))
-    noise = frame.differences(shrink(background.rms(), block_means))
     colours = np.random.default_rng(0).uniform(0.3, 1, (len(catalog) + 1, 3))
     colours[0] = 0
     drawn = {
-        "sources": show_sources(panels[0], residual, catalog, frame),
-        "background": show_image(panels[1], level, shape),
-        "background RMS": show_image(panels[2], noise, shape),
+        "sources": show_sources(panels[0], field, catalog),
+        "background": show_image(panels[1], shrink(field.level_map(), block_means), shape),
+        "background RMS": show_image(panels[2], shrink(field.rms_map(), block_means), shape),
         "segmentation": show_image(
             panels[3], shrink(segmentation, block_maxima), shape, cmap=ListedColormap(colours)
         ),
@@ -1086,7 +1439,7 @@ def add_option(group, name, kind, default, text, **keywords):
     """Add an option of a type, or of a tuple of choices, whose help ends in its default."""
     if isinstance(kind, tuple):
         keywords["choices"], kind = kind, type(kind[0])
-    if default not in (None, []):
+    if default not in (None, [], ()):
         text += " (default: %(default)s)"
     group.add_argument(name, type=kind, default=default, help=text, **keywords)
 
@@ -1152,6 +1505,17 @@ def build_parser():
     )
     add("--clean-param", POSITIVE, extraction.clean_param, "a lower value drops more")
 
+    photometry = PhotometrySettings
+    add = partial(add_option, parser.add_argument_group("photometry"))
+    add("--zeropoint", number(float), photometry.zeropoint, "magnitude of one count")
+    add("--kron-factor", POSITIVE, photometry.kron_factor, "Kron radii in the AUTO ellipse")
+    least = number(float, 0)
+    add("--kron-min-radius", least, photometry.kron_min_radius, "its least radius, in (a, b)")
+    add("--aperture-diameters", POSITIVE, (), "pixels", nargs="+", metavar="D")
+    add("--measure-image", Path, None, "detect on IMAGE, measure on this aligned image")
+    add("--measure-hdu", str, None, "HDU of a FITS measure image, as --hdu")
+    add("--measure-plane", number(int, 0), None, "plane of the measure image, as --plane")
+
     group = parser.add_argument_group("output")
     group.add_argument(
         *("-o", "--output-dir"),
@@ -1186,17 +1550,19 @@ def check_usage(args):
     for given, needed, text in (
         (args.mask_hdu, args.mask, "--mask-hdu needs --mask"),
         (args.err_hdu, args.err_file, "--err-hdu needs --err-file"),
+        (args.measure_hdu, args.measure_image, "--measure-hdu needs --measure-image"),
+        (args.measure_plane, args.measure_image, "--measure-plane needs --measure-image"),
         (args.err_option == "file", args.err_file, "--err-option file needs --err-file"),
         (args.err_file, args.err_option == "file", "--err-file needs --err-option file"),
         (args.filter_case == "file", args.filter_file, "--filter-case file needs --filter-file"),
         (args.filter_file, args.filter_case == "file", "--filter-file needs --filter-case file"),
     ):
-        if given and not needed:
+        if given not in (None, False) and not needed:
             return text
     for xmin, xmax, ymin, ymax in args.mask_box:
         if xmin > xmax or ymin > ymax:
             return f"--mask-box {xmin} {xmax} {ymin} {ymax}: the order is XMIN XMAX YMIN YMAX"
-    inputs = (args.image, args.mask, args.err_file, args.filter_file)
+    inputs = (args.image, args.mask, args.err_file, args.filter_file, args.measure_image)
     taken = {os.path.realpath(path) for path in inputs if path}
     for product, path in product_paths(args).items():
         option, real = f"--{product.replace('_', '-')}", os.path.realpath(path)
@@ -1227,7 +1593,7 @@ def describe_run(args):
     elsewhere = {"output_dir", "image_format", "verbose", "quiet", *ALWAYS, *ON_REQUEST}
     lines = [f"{PROG} {__version__} (sep {sep.__version__})"]
     for name, value in vars(args).items():
-        if name not in elsewhere and value not in (None, []):
+        if name not in elsewhere and value not in (None, [], ()):
             lines.append(f"{name} = {value.name if isinstance(value, Path) else value!a}")
     return lines
 
@@ -1236,49 +1602,60 @@ def describe_run(args):
 def run(args):
     """Do the whole work, from the image to its products."""
     image = read_image(args.image, args.hdu, args.plane)
-    pixels, shape = image.data, image.data.shape
+    shape = image.data.shape
     mask = args.mask and read_mask(args.mask, args.mask_hdu, args.plane, args.maskthresh, shape)
     noise = args.err_file and read_noise(
         args.err_file, args.err_hdu, args.plane, args.err_type, shape
     )
+    other = args.measure_image and read_measure_image(
+        args.measure_image, args.measure_hdu, args.measure_plane, image
+    )
     kernel = make_kernel(args.filter_case, args.filter_fwhm, args.filter_file)
+    method = Method(
+        kernel,
+        args.err_option,
+        args.background_passes,
+        settings_from(args, BackgroundSettings),
+        settings_from(args, ExtractionSettings),
+    )
+    photometry = settings_from(args, PhotometrySettings)
     history = describe_run(args)
     targets = product_paths(args)
     with staged(targets) as paths, about(image.name):
         write = partial(write_image, form=args.image_format, wcs=image.wcs, history=history)
-        mask = build_mask(pixels, mask, args.mask_box)
+        mask = build_mask(image.data, mask, args.mask_box)
         report_image(image, mask)
-        frame = Frame.of(pixels, mask)
-        frame.enter(pixels)
-        settings = frame.settings(settings_from(args, ExtractionSettings), args.err_option)
-        if noise is not None:
-            noise /= frame.scale
-
-        def find(residual, background):
-            against, usable = choose_noise(args.err_option, background, residual, mask, noise)
-            return detect(residual, usable, against, kernel, settings)
-
-        sizes = settings_from(args, BackgroundSettings)
-        sizes = replace(sizes, fthresh=sizes.fthresh / frame.scale)
-        background = model_background(pixels, mask, sizes, args.background_passes, find)
-        write(paths["background"], frame.levels(background.back()), unit=image.unit)
-        write(paths["rms"], frame.differences(background.rms()), unit=image.unit)
-
-        background.subfrom(pixels)
-        found = find(pixels, background)
-        catalog = build_catalog(found.objects, frame)
-        report_detections(found, mask, background, frame, settings, kernel)
+        field = subtract_background(image.data, mask, noise, method)
+        found = find_sources(field)
+        report_detections(field, found)
         write(paths["segmentation"], found.segmentation)
+
+        target, noise = field, found.noise
+        if other:
+            target = subtract_background(
+                other.data, build_mask(other.data, mask, []), None, method.for_another_image()
+            )
+            noise = target.background.rms() if args.err_option == "array_rms" else None
+        if noise is None:
+            noise = global_rms(target.background)
+        measured = measure(target, found.objects, found.segmentation, noise, photometry)
+        for product, make_map in (("background", Field.level_map), ("rms", Field.rms_map)):
+            values = make_map(field)
+            write(paths[product], values, unit=image.unit)
+            measured[product] = at_objects(make_map(target) if other else values, found.objects)
+
+        catalog = build_catalog(found.objects, field.frame, measured, image.wcs, photometry)
         write_catalog(paths["catalog"], catalog)
-        draw_overlay(paths["overlay"], pixels, catalog, frame)
+        draw_overlay(paths["overlay"], field, catalog)
         if args.subtracted:
-            write(paths["subtracted"], frame.differences(pixels), unit=image.unit)
+            write(paths["subtracted"], field.frame.differences(field.residual), unit=image.unit)
         if args.catalog_fits:
-            write_catalog_fits(paths["catalog_fits"], catalog, image.unit, history)
+            columns = catalog_columns(photometry.aperture_diameters)
+            write_catalog_fits(paths["catalog_fits"], catalog, columns, image.unit, history)
         if args.regions:
-            write_regions(paths["regions"], catalog)
+            write_regions(paths["regions"], catalog, image.wcs)
         if args.overview:
-            draw_overview(paths["overview"], pixels, background, found.segmentation, catalog, frame)
+            draw_overview(paths["overview"], field, catalog, found.segmentation)
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
 
@@ -1291,29 +1668,35 @@ def report_image(image, mask):
     log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
 
 
-def report_detections(found, mask, background, frame, settings, kernel):
+def report_detections(field, found):
     """Tell level, noise and threshold in image values, the number of sources, and warnings."""
-    level = frame.levels(np.array(background.globalback, dtype=np.float64))
-    log.info("background    %.6g, rms %.6g", level, frame.differences(background.globalrms))
+    frame, thresh = field.frame, field.method.extraction.thresh
+    level = frame.levels(np.array(field.background.globalback, dtype=np.float64))
+    rms = frame.differences(global_rms(field.background))
+    log.info("background    %.6g, rms %.6g", level, rms)
     if found.noise is None:
-        log.info("threshold     %.6g (absolute)", frame.differences(settings.thresh))
+        log.info("threshold     %.6g (absolute)", frame.differences(thresh))
+    elif np.ndim(found.noise) == 0:
+        log.info("threshold     %.6g (%g x rms)", frame.differences(thresh * found.noise), thresh)
     else:
-        typical = found.noise if np.ndim(found.noise) == 0 else np.median(sample(found.noise, mask))
-        log.info(
-            "threshold     %.6g (%g x %s)",
-            *(frame.differences(settings.thresh * typical), settings.thresh),
-            "noise" if np.ndim(found.noise) == 0 else "noise at each pixel, median",
-        )
-    if np.ndim(found.noise) == 2 and kernel is not None and settings.filter_type == "matched":
-        deeper = matched_depth(kernel)
-        log.warning(
-            "the matched filter on a noise image detects %.2f times fainter than --thresh %g on "
-            "the global RMS; --thresh %.3g would reach as deep as that",
-            *(deeper, settings.thresh, settings.thresh * deeper),
-        )
+        typical = frame.differences(thresh * np.median(sample(found.noise, field.mask)))
+        log.info("threshold     %.6g (%g x noise of each pixel, median)", typical, thresh)
+        warn_of_depth(field.method)
     log.info("sources       %d", len(found.objects))
     if not len(found.objects):
         log.warning("no sources found: the catalogue and the segmentation map are empty")
+
+
+def warn_of_depth(method):
+    """Tell how much fainter than a global noise a matched filter with a noise image detects."""
+    if method.kernel is None or method.extraction.filter_type != "matched":
+        return
+    deeper, thresh = matched_depth(method.kernel), method.extraction.thresh
+    log.warning(
+        "the matched filter on a noise image detects %.2f times fainter than --thresh %g on the "
+        "global RMS; --thresh %.3g reaches as deep as that",
+        *(deeper, thresh, thresh * deeper),
+    )
 
 
 def start_logging(args):

@@ -7,6 +7,9 @@ sky.fits                 sky like the DESI Legacy Surveys' in g: two bright star
 sky_truth.tsv            its sources, as `sky.simulate` knows them
 sky_mask.fits            1 in the rectangles MASK_BOXES around the bright stars, else 0
 kernel.conv              Gaussian of KERNEL_FWHM pixels in SExtractor's filter format
+stack.fits               extensions SCI, a cube of three planes: stars, sky alone, the same stars
+                         twice as bright; ERR, the noise of a pixel; DQ, 1 in STACK_BOX
+empty.fits               sky alone
 hubble_deep_field.tiff   grey crop of the Hubble Deep Field (R. Williams, the HDF team and NASA;
                          public domain), from the picture that scikit-image ships
 
@@ -22,7 +25,7 @@ import numpy as np
 import tifffile
 from astropy.io import fits
 from skimage.data import hubble_deep_field
-from sky import random_sources, simulate, stars, tan_wcs, vstack
+from sky import grid_positions, random_sources, simulate, stars, tan_wcs, vstack
 
 SEED = 20240
 SHAPE = (360, 360)
@@ -37,6 +40,12 @@ KERNEL_FWHM = 3.0
 
 PICTURE_ROWS = slice(240, 640)
 PICTURE_COLUMNS = slice(300, 700)
+STACK_SHAPE = (96, 128)
+STACK_FLUXES = (2000.0, 0.0, 4000.0)  # of each star, by plane
+STACK_NOISE = 2.0
+STACK_BOX = (0, 31, 0, 31)  # around the first star
+EMPTY_SHAPE = (80, 96)
+
 LUMINANCE = (0.299, 0.587, 0.114)  # of R, G, B: ITU-R BT.601
 
 
@@ -94,6 +103,26 @@ def kernel():
     return "\n".join(["CONV NORM", title, *rows]) + "\n"
 
 
+def stack():
+    """HDUs of a cube with its noise and data quality; the primary HDU is empty."""
+    x, y = grid_positions(STACK_SHAPE, 32, seed=SEED)
+    planes = [
+        simulate(STACK_SHAPE, stars(x, y, flux), seed=SEED + i, level=100.0, noise=STACK_NOISE)[0]
+        for i, flux in enumerate(STACK_FLUXES)
+    ]
+    xmin, xmax, ymin, ymax = STACK_BOX
+    quality = np.zeros(STACK_SHAPE, np.uint8)
+    quality[ymin : ymax + 1, xmin : xmax + 1] = 1
+    return fits.HDUList(
+        [
+            fits.PrimaryHDU(),
+            fits.ImageHDU(np.stack(planes), name="SCI"),
+            fits.ImageHDU(np.full(STACK_SHAPE, STACK_NOISE, np.float32), name="ERR"),
+            fits.ImageHDU(quality, name="DQ"),
+        ]
+    )
+
+
 def picture():
     """Part of the Hubble Deep Field in grey, (400, 400) uint8."""
     colours = hubble_deep_field()[PICTURE_ROWS, PICTURE_COLUMNS]
@@ -118,6 +147,9 @@ def main(argv=None):
     truth.write(directory / "sky_truth.tsv", format="ascii.tab", overwrite=True)
     fits.writeto(directory / "sky_mask.fits", *mask(), overwrite=True)
     (directory / "kernel.conv").write_text(kernel())
+    stack().writeto(directory / "stack.fits", overwrite=True)
+    empty, _ = simulate(EMPTY_SHAPE, stars([], [], []), seed=SEED, level=100.0, noise=STACK_NOISE)
+    fits.writeto(directory / "empty.fits", empty, overwrite=True)
     tifffile.imwrite(
         directory / "hubble_deep_field.tiff",
         picture(),
