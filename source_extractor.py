@@ -405,7 +405,7 @@ def read_noise(path, hdu, plane, kind, shape):
             np.sqrt(noise, out=noise)
         if kind == "weight":
             np.divide(1, noise, out=noise)
-    if not ((noise > 0) & np.isfinite(noise)).any():
+    if not usable(noise).any():
         raise InputError(f"{path}: no pixel holds a usable {kind}; see --err-type")
     return noise
 
@@ -506,13 +506,15 @@ def read_kernel(path):
 # ---------------------------------------------------------------------------------------------
 
 
-def build_mask(image, mask, boxes):
-    """Combine everything that excludes a pixel: no finite value, the mask, the boxes.
+def build_mask(image, mask, noise, boxes):
+    """Combine everything that excludes a pixel: no finite value, the mask, no noise, the boxes.
 
     Parameters
     ----------
     image : ndarray, shape (ny, nx)
     mask : ndarray of bool, shape (ny, nx), or None
+    noise : ndarray, shape (ny, nx), or None
+        Standard deviations; a pixel without a finite positive one is masked.
     boxes : list of (xmin, xmax, ymin, ymax)
         0-based pixels, ends included.
 
@@ -524,6 +526,8 @@ def build_mask(image, mask, boxes):
     excluded = ~np.isfinite(image)
     if mask is not None:
         excluded |= mask
+    if noise is not None:
+        excluded |= ~usable(noise)
     ny, nx = excluded.shape
     for xmin, xmax, ymin, ymax in boxes:
         if xmin >= nx or ymin >= ny:
@@ -535,6 +539,11 @@ def build_mask(image, mask, boxes):
     if excluded.all():
         raise InputError("every pixel is masked or has no finite value; mask less")
     return excluded
+
+
+def usable(noise):
+    """Tell where standard deviations are finite and positive."""
+    return (noise > 0) & np.isfinite(noise)
 
 
 def sample(image, mask):
@@ -710,9 +719,11 @@ def subtract_background(image, mask, noise, method):
 @stage
 def estimate_background(image, mask, settings):
     """Return the `sep.Background` of an image (ny, nx), or None if SEP could use no box of it."""
-    if mask.any() and not has_usable_box(mask, settings.bw, settings.bh):
+    # SEP allocates whole boxes, also those larger than the image.
+    bw, bh = min(settings.bw, image.shape[1]), min(settings.bh, image.shape[0])
+    if mask.any() and not has_usable_box(mask, bw, bh):
         return None
-    return sep.Background(image, mask=mask, **asdict(settings))
+    return sep.Background(image, mask=mask, **asdict(replace(settings, bw=bw, bh=bh)))
 
 
 def has_usable_box(mask, bw, bh):
@@ -766,7 +777,7 @@ def choose_noise(field):
     if option == "float_globalrms":
         return global_rms(field.background), field.mask
     noise = field.background.rms() if option == "array_rms" else field.noise
-    mask = field.mask | ~((noise > 0) & np.isfinite(noise))
+    mask = field.mask | ~usable(noise)
     return np.where(mask, noise.dtype.type(NO_WEIGHT), noise), mask
 
 
@@ -1005,74 +1016,88 @@ def lone_stamp(image, labels, label, x, y, reach):
 
 
 class Column(NamedTuple):
-    """A column of the catalogue; the unit "image" stands for that of the pixels."""
+    """A column of the catalogue; the unit "image" is that of the pixels, the UCD is IVOA's."""
 
     name: str
     unit: str | None
+    ucd: str
     description: str
 
 
 COLUMNS = (
-    Column("id", None, "label of the object in the segmentation map"),
-    Column("thresh", "image", "detection threshold at the object"),
-    Column("npix", "pixel", "number of pixels of the object"),
-    Column("tnpix", "pixel", "number of its pixels above the threshold without filter"),
-    Column("xmin", "pixel", "first column of the object"),
-    Column("xmax", "pixel", "last column of the object"),
-    Column("ymin", "pixel", "first row of the object"),
-    Column("ymax", "pixel", "last row of the object"),
-    Column("x", "pixel", "barycentre along x"),
-    Column("y", "pixel", "barycentre along y"),
-    Column("x2", "pixel2", "variance of the light along x"),
-    Column("y2", "pixel2", "variance of the light along y"),
-    Column("xy", "pixel2", "covariance of the light in x and y"),
-    Column("errx2", "pixel2", "variance of the error of x"),
-    Column("erry2", "pixel2", "variance of the error of y"),
-    Column("errxy", "pixel2", "covariance of the errors of x and y"),
-    Column("a", "pixel", "RMS of the light along the major axis"),
-    Column("b", "pixel", "RMS of the light along the minor axis"),
-    Column("theta", "rad", "angle of the major axis, from +x towards +y"),
-    Column("cxx", "pixel-2", "ellipse coefficient of dx²"),
-    Column("cyy", "pixel-2", "ellipse coefficient of dy²"),
-    Column("cxy", "pixel-2", "ellipse coefficient of dx dy"),
-    Column("cflux", "image", "sum of the object's pixels in the filtered image"),
-    Column("flux", "image", "sum of the object's pixels"),
-    Column("cpeak", "image", "highest pixel in the filtered image"),
-    Column("peak", "image", "highest pixel"),
-    Column("xcpeak", "pixel", "column of the highest pixel in the filtered image"),
-    Column("ycpeak", "pixel", "row of the highest pixel in the filtered image"),
-    Column("xpeak", "pixel", "column of the highest pixel"),
-    Column("ypeak", "pixel", "row of the highest pixel"),
-    Column("flag", None, "extraction flags"),
-    Column("ra", "deg", "right ascension of (x, y), ICRS"),
-    Column("dec", "deg", "declination of (x, y), ICRS"),
-    Column("elongation", None, "a / b"),
-    Column("fwhm", "pixel", "FWHM of a Gaussian of the same a and b"),
-    Column("background", "image", "background level at the object"),
-    Column("rms", "image", "background RMS at the object"),
-    Column("kron_radius", None, "Kron radius of the AUTO ellipse in units of a and b"),
-    Column("flux_auto", "image", "flux in the Kron ellipse"),
-    Column("fluxerr_auto", "image", "error of flux_auto"),
-    Column("mag_auto", "mag", "magnitude of flux_auto"),
-    Column("magerr_auto", "mag", "error of mag_auto"),
-    Column("snr", None, "flux_auto / fluxerr_auto"),
-    Column("flux_radius", "pixel", "radius of the circle that holds half of flux_auto"),
-    Column("xwin", "pixel", "windowed centroid along x"),
-    Column("ywin", "pixel", "windowed centroid along y"),
-    Column("flag_auto", None, "photometry flags"),
+    Column("id", None, "meta.id;meta.main", "label of the object in the segmentation map"),
+    Column("thresh", "image", "phot.flux;stat.min", "detection threshold at the object"),
+    Column("npix", "pixel", "meta.number;instr.pixel", "number of pixels of the object"),
+    Column(
+        "tnpix",
+        "pixel",
+        "meta.number;instr.pixel",
+        "number of its pixels above the threshold without filter",
+    ),
+    Column("xmin", "pixel", "pos.cartesian.x;stat.min", "first column of the object"),
+    Column("xmax", "pixel", "pos.cartesian.x;stat.max", "last column of the object"),
+    Column("ymin", "pixel", "pos.cartesian.y;stat.min", "first row of the object"),
+    Column("ymax", "pixel", "pos.cartesian.y;stat.max", "last row of the object"),
+    Column("x", "pixel", "pos.cartesian.x", "barycentre along x"),
+    Column("y", "pixel", "pos.cartesian.y", "barycentre along y"),
+    Column("x2", "pixel2", "src.morph.param", "variance of the light along x"),
+    Column("y2", "pixel2", "src.morph.param", "variance of the light along y"),
+    Column("xy", "pixel2", "src.morph.param", "covariance of the light in x and y"),
+    Column("errx2", "pixel2", "stat.variance;pos.cartesian.x", "variance of the error of x"),
+    Column("erry2", "pixel2", "stat.variance;pos.cartesian.y", "variance of the error of y"),
+    Column(
+        "errxy", "pixel2", "stat.covariance;pos.cartesian", "covariance of the errors of x and y"
+    ),
+    Column("a", "pixel", "phys.size.smajAxis", "RMS of the light along the major axis"),
+    Column("b", "pixel", "phys.size.sminAxis", "RMS of the light along the minor axis"),
+    Column("theta", "rad", "pos.posAng", "angle of the major axis, from +x towards +y"),
+    Column("cxx", "pixel-2", "src.morph.param", "ellipse coefficient of dx²"),
+    Column("cyy", "pixel-2", "src.morph.param", "ellipse coefficient of dy²"),
+    Column("cxy", "pixel-2", "src.morph.param", "ellipse coefficient of dx dy"),
+    Column("cflux", "image", "phot.flux", "sum of the object's pixels in the filtered image"),
+    Column("flux", "image", "phot.flux", "sum of the object's pixels"),
+    Column("cpeak", "image", "phot.flux;stat.max", "highest pixel in the filtered image"),
+    Column("peak", "image", "phot.flux;stat.max", "highest pixel"),
+    Column(
+        "xcpeak", "pixel", "pos.cartesian.x", "column of the highest pixel in the filtered image"
+    ),
+    Column("ycpeak", "pixel", "pos.cartesian.y", "row of the highest pixel in the filtered image"),
+    Column("xpeak", "pixel", "pos.cartesian.x", "column of the highest pixel"),
+    Column("ypeak", "pixel", "pos.cartesian.y", "row of the highest pixel"),
+    Column("flag", None, "meta.code", "extraction flags"),
+    Column("ra", "deg", "pos.eq.ra;meta.main", "right ascension of (x, y), ICRS"),
+    Column("dec", "deg", "pos.eq.dec;meta.main", "declination of (x, y), ICRS"),
+    Column("elongation", None, "src.morph.param", "a / b"),
+    Column("fwhm", "pixel", "phys.angSize", "FWHM of a Gaussian of the same a and b"),
+    Column("background", "image", "instr.background", "background level at the object"),
+    Column("rms", "image", "stat.stdev;instr.background", "background RMS at the object"),
+    Column(
+        "kron_radius", None, "phys.angSize", "Kron radius of the AUTO ellipse in units of a and b"
+    ),
+    Column("flux_auto", "image", "phot.flux", "flux in the Kron ellipse"),
+    Column("fluxerr_auto", "image", "stat.error;phot.flux", "error of flux_auto"),
+    Column("mag_auto", "mag", "phot.mag", "magnitude of flux_auto"),
+    Column("magerr_auto", "mag", "stat.error;phot.mag", "error of mag_auto"),
+    Column("snr", None, "stat.snr", "flux_auto / fluxerr_auto"),
+    Column(
+        "flux_radius", "pixel", "phys.angSize", "radius of the circle that holds half of flux_auto"
+    ),
+    Column("xwin", "pixel", "pos.cartesian.x", "windowed centroid along x"),
+    Column("ywin", "pixel", "pos.cartesian.y", "windowed centroid along y"),
+    Column("flag_auto", None, "meta.code", "photometry flags"),
 )
 
 
 def catalog_columns(diameters):
     """Return all columns of the catalogue, with those for the aperture diameters (pixels)."""
     return COLUMNS + tuple(
-        Column(f"{quantity}_aper_{diameter:g}", unit, f"{text} of {diameter:g} pixels diameter")
+        Column(f"{name}_aper_{diameter:g}", unit, ucd, f"{text} of {diameter:g} pixels diameter")
         for diameter in diameters
-        for quantity, unit, text in (
-            ("flux", "image", "flux in a circle"),
-            ("fluxerr", "image", "error of the flux in a circle"),
-            ("mag", "mag", "magnitude in a circle"),
-            ("magerr", "mag", "error of the magnitude in a circle"),
+        for name, unit, ucd, text in (
+            ("flux", "image", "phot.flux", "flux in a circle"),
+            ("fluxerr", "image", "stat.error;phot.flux", "error of the flux in a circle"),
+            ("mag", "mag", "phot.mag", "magnitude in a circle"),
+            ("magerr", "mag", "stat.error;phot.mag", "error of the magnitude in a circle"),
         )
     )
 
@@ -1218,7 +1243,7 @@ def write_catalog(path, catalog):
 
 @stage
 def write_catalog_fits(path, catalog, columns, unit, history):
-    """Write the catalogue as a FITS binary table with units and descriptions."""
+    """Write the catalogue as a FITS binary table with units, descriptions and UCDs."""
     table = Table.from_pandas(catalog)
     for column in columns:
         table[column.name].unit = unit if column.unit == "image" else column.unit
@@ -1226,7 +1251,10 @@ def write_catalog_fits(path, catalog, columns, unit, history):
     table.meta["HISTORY"] = history
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a BUNIT that is no standard unit
-        table.write(path, format="fits", overwrite=True)
+        hdu = fits.table_to_hdu(table)
+    for number, column in enumerate(columns, start=1):
+        hdu.header[f"TUCD{number}"] = column.ucd
+    hdu.writeto(path, overwrite=True)
 
 
 @stage
@@ -1269,7 +1297,7 @@ def sky_ellipses(rows, wcs):
             centre.dec.deg,
             centre.separation(major).arcsec,
             centre.separation(minor).arcsec,
-            centre.position_angle(major).deg + 90,
+            (centre.position_angle(major).deg + 90) % 180,
             strict=True,
         )
     ]
@@ -1391,8 +1419,8 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        wanted = "a whole number" if kind is int else "a number"
-        if not math.isfinite(value):
+        if value in (math.inf, -math.inf) or value != value:
+            wanted = "a whole number" if kind is int else "a finite number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
@@ -1623,7 +1651,7 @@ def run(args):
     targets = product_paths(args)
     with staged(targets) as paths, about(image.name):
         write = partial(write_image, form=args.image_format, wcs=image.wcs, history=history)
-        mask = build_mask(image.data, mask, args.mask_box)
+        mask = build_mask(image.data, mask, noise, args.mask_box)
         report_image(image, mask)
         field = subtract_background(image.data, mask, noise, method)
         found = find_sources(field)
@@ -1633,7 +1661,7 @@ def run(args):
         target, noise = field, found.noise
         if other:
             target = subtract_background(
-                other.data, build_mask(other.data, mask, []), None, method.for_another_image()
+                other.data, build_mask(other.data, mask, None, []), None, method.for_another_image()
             )
             noise = target.background.rms() if args.err_option == "array_rms" else None
         if noise is None:

@@ -1,0 +1,497 @@
+"""The command line: options and their bounds, reports, warnings, errors and exit codes."""
+
+import contextlib
+import io
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sep
+from astropy.io import fits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import source_extractor
+
+SCRIPT = source_extractor.__file__
+ONE_ERROR = r"source_extractor\.py: error: .+\n"
+
+
+def call(*words):
+    """Return exit code, stdout and stderr of `main` on these arguments."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = source_extractor.main([str(word) for word in words])
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def assert_refused(option, *words):
+    """Assert that the arguments are wrong usage, told in one line that names the option."""
+    code, out, err = call("image.fits", *words)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(ONE_ERROR, err)
+    assert option in err
+
+
+# ---------------------------------------------------------------------------------------------
+# Help, version, defaults
+# ---------------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    "hdu": None,
+    "plane": None,
+    "mask": None,
+    "mask_hdu": None,
+    "maskthresh": 0.0,
+    "mask_box": [],
+    "bw": 64,
+    "bh": 64,
+    "fw": 3,
+    "fh": 3,
+    "fthresh": 0.0,
+    "background_passes": 1,
+    "thresh": 1.5,
+    "err_option": "float_globalrms",
+    "err_file": None,
+    "err_hdu": None,
+    "err_type": "stddev",
+    "gain": None,
+    "minarea": 5,
+    "filter_case": "default",
+    "filter_fwhm": 2.0,
+    "filter_file": None,
+    "filter_type": "matched",
+    "deblend_nthresh": 32,
+    "deblend_cont": 0.005,
+    "clean": True,
+    "clean_param": 1.0,
+    "zeropoint": 0.0,
+    "kron_factor": 2.5,
+    "kron_min_radius": 3.5,
+    "measure_image": None,
+    "measure_hdu": None,
+    "measure_plane": None,
+    "output_dir": Path("."),
+    "subtracted": None,
+    "catalog_fits": None,
+    "regions": None,
+    "overview": None,
+    "image_format": None,
+    "verbose": False,
+    "quiet": False,
+}
+IN_HELP = {
+    "background": "background.fits",
+    "rms": "rms.fits",
+    "segmentation": "segmentation.fits",
+    "overlay": "sources.png",
+    "catalog": "catalog.tsv",
+    "clean": "on",
+    "hdu": "first",
+    "image_format": "by file extension, else fits",
+}
+
+
+@pytest.fixture(scope="module")
+def help_texts():
+    """Return what --help says of each long option, by its name."""
+    code, out, err = call("--help")
+    assert (code, err) == (0, "")
+    entries = re.split(r"\n  (?=-)", out.split("\noptions:\n")[1])
+    texts = {}
+    for entry in entries:
+        names, *text = re.split(r"\n|  +", entry.strip(), maxsplit=1)
+        texts |= dict.fromkeys(re.findall(r"--[a-z-]+", names), " ".join(" ".join(text).split()))
+    return texts
+
+
+@pytest.mark.parametrize(("name", "default"), DEFAULTS.items())
+def test_the_default_is_the_contracts(name, default):
+    assert getattr(source_extractor.build_parser().parse_args(["image.fits"]), name) == default
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        *((name, str(value)) for name, value in DEFAULTS.items() if value and name not in IN_HELP),
+        *IN_HELP.items(),
+    ],
+)
+def test_help_tells_the_default(help_texts, name, default):
+    text = help_texts["--" + name.replace("_", "-")]
+    assert re.search(rf"default: {re.escape(default)}(?![\w])", text)
+
+
+def test_help_groups_the_options_by_task():
+    groups = ["input", "background", "detection", "filter", "deblending and cleaning"]
+    out = call("-h")[1]
+    places = [out.index(f"\n{group}:\n") for group in (*groups, "output", "general")]
+    assert places == sorted(places)
+
+
+def test_version_tells_that_of_sep_too():
+    expected = f"source_extractor.py {source_extractor.__version__} (sep {sep.__version__})\n"
+    assert call("--version") == (0, expected, "")
+
+
+# ---------------------------------------------------------------------------------------------
+# Bounds
+# ---------------------------------------------------------------------------------------------
+
+TINY, BIG = "1e-300", "1e300"
+BOUNDS = {
+    "--plane": (["0"], ["-1", "0.5"]),
+    "--maskthresh": (["-1e300", "0", BIG], []),
+    "--mask-box": (["0"], ["-1", "0.5"]),
+    "--bw": (["8"], ["7", "0", "-64", "64.0"]),
+    "--bh": (["8"], ["7", "0", "-64", "64.0"]),
+    "--fw": (["1", "99"], ["0", "-3", "2", "100", "101"]),
+    "--fh": (["1", "99"], ["0", "-3", "2", "100", "101"]),
+    "--fthresh": (["0", BIG], ["-1e-300", "-1"]),
+    "--background-passes": (["1", "2"], ["0", "3", "1.0"]),
+    "--thresh": ([TINY, BIG], ["0", "-1"]),
+    "--gain": ([TINY, BIG], ["0", "-1"]),
+    "--minarea": (["1", "2147483647"], ["0", "-5", "2147483648"]),
+    "--filter-fwhm": ([TINY, "50"], ["0", "-2", "50.0001"]),
+    "--deblend-nthresh": (["1", "1024"], ["0", "-1", "1025"]),
+    "--deblend-cont": (["0", "1"], ["-0.001", "1.001"]),
+    "--clean-param": ([TINY, BIG], ["0", "-1"]),
+    "--zeropoint": (["-1e300", BIG], []),
+    "--kron-factor": ([TINY, BIG], ["0", "-2.5"]),
+    "--kron-min-radius": (["0", BIG], ["-1e-300"]),
+    "--aperture-diameters": ([TINY], ["0", "-3"]),
+    "--measure-plane": (["0"], ["-1", "0.5"]),
+}
+
+
+def words(option, value):
+    """Return the arguments that give a value to an option."""
+    return (option, value, "5", "0", "5") if option == "--mask-box" else (f"{option}={value}",)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [(option, value) for option in BOUNDS for value in BOUNDS[option][0]]
+)
+def test_a_number_on_its_bound_is_accepted(option, value):
+    args = source_extractor.build_parser().parse_args(["image.fits", *words(option, value)])
+    found = getattr(args, option[2:].replace("-", "_"))
+    assert float(np.ravel(found)[0]) == float(value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [(option, value) for option in BOUNDS for value in BOUNDS[option][1]]
+)
+def test_a_number_beyond_its_bound_is_refused(option, value):
+    assert_refused(option, *words(option, value))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "", " ", "1,5", "0x10", "five"])
+@pytest.mark.parametrize("option", BOUNDS)
+def test_what_is_no_finite_number_is_refused(option, value):
+    assert_refused(option, *words(option, value))
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    option=st.sampled_from(sorted(BOUNDS)),
+    text=st.text(st.characters(exclude_categories=["Cs"])).filter(
+        lambda text: not is_number(text) and not text.startswith("-")
+    ),
+)
+def test_any_text_that_is_no_number_is_refused_in_one_line(option, text):
+    assert_refused(option, *words(option, text))
+
+
+@pytest.mark.parametrize("option", ["--maskthresh", "--zeropoint"])
+@pytest.mark.parametrize("value", ["-1", "-2.5", "-.5", "-1e-05", "-3E2"])
+def test_a_negative_number_may_follow_its_option(option, value):
+    args = source_extractor.build_parser().parse_args(["image.fits", option, value])
+    assert getattr(args, option[2:]) == float(value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--bw", 2**31),
+        ("--bh", 2**31 - 1),
+        ("--bw", 10**30),
+        ("--bh", 10**400),
+        ("--minarea", 10**400),
+        ("--plane", 10**30),
+        ("--mask-box", 10**400),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(str(value))} digits",
+)
+def test_a_huge_number_brings_no_traceback(run, write, stars, option, value):
+    result = run(write(stars), *words(option, str(value)))
+    if result.code:
+        assert re.fullmatch(ONE_ERROR, result.err)
+    else:
+        assert len(result.catalog) == 6
+
+
+ALL_LOW = {option: good[0] for option, (good, _) in BOUNDS.items() if option != "--measure-plane"}
+ALL_HIGH = {option: good[-1] for option, (good, _) in BOUNDS.items() if option in ALL_LOW}
+
+
+@pytest.mark.parametrize("values", [ALL_LOW, ALL_HIGH], ids=["lowest", "highest"])
+def test_the_tool_works_with_every_number_on_its_bound(run, write, stars, values):
+    arguments = [word for option, value in values.items() for word in words(option, value)]
+    result = run(write(stars), *arguments)
+    assert result.code == 0
+    assert (result.directory / "catalog.tsv").is_file()
+
+
+# ---------------------------------------------------------------------------------------------
+# Wrong usage
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--err-option", "rms"),
+        ("--err-option", "FILE"),
+        ("--err-type", "sigma"),
+        ("--filter-case", "gauss"),
+        ("--filter-type", "convolve"),
+        ("--image-format", "png"),
+    ],
+)
+def test_a_wrong_choice_is_refused(option, value):
+    assert_refused(option, option, value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--thr", "3"),
+        ("--deblend", "3"),
+        ("--filter", "none"),
+        ("--catalo", "x.tsv"),
+        ("--verb",),
+        ("--no-cl",),
+        ("--nothing",),
+        ("second.fits",),
+    ],
+)
+def test_abbreviations_and_unknown_arguments_are_refused(arguments):
+    assert_refused(arguments[0], *arguments)
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments"),
+    [
+        (("--mask-hdu", "--mask"), ("--mask-hdu", "1")),
+        (("--mask-hdu", "--mask"), ("--mask-hdu", "0")),
+        (("--err-hdu", "--err-file"), ("--err-hdu", "1")),
+        (("--err-option", "--err-file"), ("--err-option", "file")),
+        (("--err-option", "--err-file"), ("--err-file", "noise.fits")),
+        (("--err-option", "--err-file"), ("--err-file", "noise.fits", "--err-option", "none")),
+        (("--filter-case", "--filter-file"), ("--filter-case", "file")),
+        (("--filter-case", "--filter-file"), ("--filter-file", "kernel.conv")),
+        (("--measure-hdu", "--measure-image"), ("--measure-hdu", "1")),
+        (("--measure-plane", "--measure-image"), ("--measure-plane", "0")),
+        (("--mask-box", "XMIN XMAX YMIN YMAX"), ("--mask-box", 5, 4, 0, 1)),
+        (("--mask-box", "XMIN XMAX YMIN YMAX"), ("--mask-box", 0, 1, 5, 4)),
+        (("--mask-box",), ("--mask-box", 0, 1, 2)),
+        (("--verbose", "--quiet"), ("-v", "-q")),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(names, arguments):
+    assert_refused(names[0], *arguments)
+    assert all(name in call("image.fits", *arguments)[2] for name in names)
+
+
+def test_without_arguments_the_one_line_names_what_is_missing():
+    code, out, err = call()
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"source_extractor\.py: error: .*IMAGE.*\n", err)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("no\nsuch.fits",),
+        ("image.fits", "--un\nknown"),
+        ("image.fits", "--thresh", "\n"),
+        ("image.fits", "--catalog", "a\nb", "--overlay", "a\nb"),
+        ("image.fits", "--err-option", "a\nb"),
+    ],
+)
+def test_a_line_break_in_an_argument_does_not_break_the_line(arguments):
+    code, _, err = call(*arguments)
+    assert code in (1, 2)
+    assert re.fullmatch(ONE_ERROR, err)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reports
+# ---------------------------------------------------------------------------------------------
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"\d+\.?\d*(?:e[-+]\d+)?", text)]
+
+
+def test_the_report_tells_what_was_read_found_and_written(run, write, stars):
+    stars[:3] = np.nan
+    image = write(stars)
+    result = run(image)
+    assert (result.code, result.err) == (0, "")
+    background = sep.Background(stars, mask=np.isnan(stars))
+    lines = result.out.splitlines()
+    assert f"{image}[0] PRIMARY: 160 x 120 float32" in lines[0]
+    assert numbers(lines[1]) == [2.5, 480]
+    level, rms = numbers(lines[2])
+    assert level == pytest.approx(background.globalback, rel=1e-5)
+    assert rms == pytest.approx(background.globalrms, rel=1e-5)
+    assert numbers(lines[3])[0] == pytest.approx(1.5 * background.globalrms, rel=1e-5)
+    assert numbers(lines[4]) == [len(result.catalog)]
+    assert [line.split()[1] for line in lines[5:]] == [
+        str(result.directory / name)
+        for name in (
+            "background.fits",
+            "rms.fits",
+            "segmentation.fits",
+            "sources.png",
+            "catalog.tsv",
+        )
+    ]
+
+
+def test_the_report_names_the_hdu_and_the_type_in_the_file(run, tmp_path, stars):
+    hdus = [fits.PrimaryHDU(), fits.ImageHDU(stars.astype(np.int16), name="SCI")]
+    fits.HDUList(hdus).writeto(tmp_path / "mef.fits")
+    assert f"{tmp_path / 'mef.fits'}[1] SCI: 160 x 120 int16" in run(tmp_path / "mef.fits").out
+
+
+def test_the_report_tells_an_absolute_threshold(run, write, stars):
+    out = run(write(stars), "--err-option", "none", "--thresh", 12.5).out
+    assert re.search(r"^threshold +12\.5 \(absolute\)$", out, re.MULTILINE)
+
+
+def test_verbose_adds_each_stage_with_its_time(run, write, stars):
+    image = write(stars)
+    plain, verbose = run(image).out.splitlines(), run(image, "-v").out.splitlines()
+    stages = [line for line in verbose if re.fullmatch(r"\w+ +\d+\.\d\d s", line)]
+    assert [line for line in verbose if line not in stages] == plain
+    for word in ("read", "background", "detect|find", "catalog", "overlay"):
+        assert any(re.search(word, line) for line in stages), word
+
+
+CONSTANT = np.full((64, 64), 7, np.float32)
+
+
+def test_warnings_are_one_line_each_on_stderr(run, write):
+    result = run(write(CONSTANT))
+    assert result.code == 0
+    assert "warning:" not in result.out
+    assert re.fullmatch(r"(source_extractor\.py: warning: .+\n)+", result.err)
+    assert "no sources" in result.err
+
+
+@pytest.mark.parametrize("option", ["-q", "--quiet"])
+def test_quiet_silences_reports_and_warnings(run, write, option):
+    result = run(write(CONSTANT), option)
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+def test_quiet_does_not_silence_errors(run, tmp_path):
+    result = run(tmp_path / "nowhere.fits", "-q")
+    assert (result.code, result.out) == (1, "")
+    assert re.fullmatch(ONE_ERROR, result.err)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(None, "No such file"), (b"", "FITS"), (b"id,x,y\n1,2,3\n", "FITS"), (b"SIMPLE  = ", "FITS")],
+)
+def test_an_error_names_the_file_on_stderr_only(run, tmp_path, content, word):
+    path = tmp_path / "image.dat"
+    if content is not None:
+        path.write_bytes(content)
+    result = run(path)
+    assert (result.code, result.out) == (1, "")
+    assert re.fullmatch(
+        rf"source_extractor\.py: error: {re.escape(str(path))}.*{word}.*\n", result.err
+    )
+
+
+def test_a_directory_as_image_is_an_error(run, tmp_path):
+    result = run(tmp_path)
+    assert result.code == 1
+    assert re.fullmatch(ONE_ERROR, result.err)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ways to start it
+# ---------------------------------------------------------------------------------------------
+
+
+def start(*arguments, **keywords):
+    """Run the script as a file, in a process of its own."""
+    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | keywords
+    return subprocess.run([sys.executable, SCRIPT, *arguments], check=False, timeout=60, **keywords)
+
+
+def test_main_takes_its_arguments_from_the_command_line(write, stars, tmp_path, monkeypatch):
+    image = str(write(stars))
+    monkeypatch.setattr(sys, "argv", ["source_extractor", image, "-q", "-o", str(tmp_path / "o")])
+    assert source_extractor.main() == 0
+    assert len(list((tmp_path / "o").iterdir())) == 5
+
+
+def test_the_installed_command_is_main():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    project = tomllib.loads(Path(SCRIPT).with_name("pyproject.toml").read_text())["project"]
+    target = project["scripts"]["source_extractor"]
+    assert pkgutil.resolve_name(target) is source_extractor.main
+
+
+def test_the_script_runs_as_a_file(write, stars, tmp_path):
+    done = start(write(stars), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "catalog.tsv" in done.stdout
+    assert (tmp_path / "catalog.tsv").is_file()
+
+
+def test_the_script_ends_with_mains_exit_code(tmp_path):
+    done = start("nowhere.fits", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"source_extractor\.py: error: nowhere\.fits: .+\n", done.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_report_that_can_not_be_written_costs_no_product(write, stars, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = start(write(stars), "-v", "-o", tmp_path / "products", stdout=full)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+    assert len(list((tmp_path / "products").iterdir())) == 5
+
+
+def test_a_file_name_that_is_not_utf_8_is_reported(stars, tmp_path):
+    path = os.fsencode(tmp_path) + b"/sk\xff.fits"
+    with open(path, "wb") as file:
+        fits.PrimaryHDU(stars).writeto(file)
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = start(path, cwd=tmp_path, env=strict)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"image .*160 x 120", done.stdout)

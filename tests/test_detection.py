@@ -1,0 +1,765 @@
+"""Background, noise and detection: exactly SEP's own results, and none of its traps."""
+
+import re
+from math import erf, log, pi, sqrt
+
+import numpy as np
+import pandas as pd
+import pytest
+import sep
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sky import galaxies, random_sources, simulate, stars, vstack
+
+import source_extractor
+
+FIELDS = [
+    *("thresh", "npix", "tnpix", "xmin", "xmax", "ymin", "ymax", "x", "y", "x2", "y2", "xy"),
+    *("errx2", "erry2", "errxy", "a", "b", "theta", "cxx", "cyy", "cxy"),
+    *("cflux", "flux", "cpeak", "peak", "xcpeak", "ycpeak", "xpeak", "ypeak", "flag"),
+]
+FLUXES = ["thresh", "cflux", "flux", "cpeak", "peak"]
+DEFAULT_KERNEL = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]], np.float32)
+SMALL = (120, 160)
+
+
+@pytest.fixture(scope="module")
+def field():
+    """Return a float32 image of crowded stars and galaxies on a gradient, noise 2 and Poisson."""
+    sources = random_sources((150, 200), 120, seed=3, flux=(100, 2e4))
+    image, _ = simulate(
+        (150, 200), sources, seed=4, level=50, gradient=(20, 10), noise=2, noise_fwhm=0, gain=2
+    )
+    return image
+
+
+@pytest.fixture(scope="module")
+def holes():
+    """Return a mask for `field`: a corner, a bad column, and pixels here and there."""
+    mask = np.random.default_rng(5).random((150, 200)) < 0.01
+    mask[2:20, :30] = True
+    mask[:2] = False  # where SEP itself errs
+    mask[:, 111] = True
+    return mask
+
+
+@pytest.fixture
+def large_limits():
+    """Give direct calls of SEP all the room they want."""
+    kept = sep.get_extract_pixstack(), sep.get_sub_object_limit()
+
+    def enlarge():
+        sep.set_extract_pixstack(2_000_000)
+        sep.set_sub_object_limit(16_000)
+
+    yield enlarge
+    sep.set_extract_pixstack(kept[0])
+    sep.set_sub_object_limit(kept[1])
+
+
+def table(result):
+    """Return SEP's fields from the catalogue of a successful run, to the last digit."""
+    assert result.code == 0, result.err
+    names, *rows = (result.directory / "catalog.tsv").read_text().splitlines()
+    rows = [[float(value) for value in row.split("\t")] for row in rows]
+    return pd.DataFrame(rows, columns=names.split("\t"))[FIELDS]
+
+
+def direct(image, *, mask=None, noise="float_globalrms", mesh=None, **keywords):
+    """Return background, rms, objects and map as SEP itself gives them."""
+    background = sep.Background(image, mask=mask, **(mesh or {}))
+    if isinstance(noise, str):
+        noise = {
+            "float_globalrms": background.globalrms,
+            "array_rms": background.rms(),
+            "none": None,
+        }[noise]
+    objects, segmentation = sep.extract(
+        image - background.back(),
+        **{"thresh": 1.5, "err": noise, "mask": mask, "segmentation_map": True, **keywords},
+    )
+    return background.back(), background.rms(), objects, segmentation
+
+
+def assert_same(result, expected):
+    """Demand that a run's products are, bit for bit, those of a direct call."""
+    background, rms, objects, segmentation = expected
+    found = table(result)
+    assert len(found) == len(objects)
+    for name in FIELDS:
+        np.testing.assert_array_equal(found[name], objects[name], err_msg=name)
+    np.testing.assert_array_equal(result.image("segmentation"), segmentation)
+    np.testing.assert_array_equal(result.image("background"), background)
+    np.testing.assert_array_equal(result.image("rms"), rms)
+
+
+def assert_one_error(result, code, *words):
+    """Demand an exit code, and one line on stderr that has all the words."""
+    assert result.code == code
+    assert result.err.startswith("source_extractor.py: error: ")
+    assert result.err.count("\n") == 1
+    for word in words:
+        assert word in result.err
+    assert not result.directory.exists() or not list(result.directory.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------
+# The same as SEP
+# ---------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "defaults": ("", {}),
+    "high threshold": ("--thresh 4", {"thresh": 4.0}),
+    "rms map, matched": ("--err-option array_rms", {"noise": "array_rms"}),
+    "rms map, conv": (
+        "--err-option array_rms --filter-type conv",
+        {"noise": "array_rms", "filter_type": "conv"},
+    ),
+    "rms map, no filter": (
+        "--err-option array_rms --filter-case none",
+        {"noise": "array_rms", "filter_kernel": None},
+    ),
+    "absolute threshold": (
+        "--err-option none --thresh 5.5",
+        {"noise": "none", "thresh": 5.5},
+    ),
+    "one noise, conv": ("--filter-type conv", {"filter_type": "conv"}),
+    "no filter": ("--filter-case none", {"filter_kernel": None}),
+    "minarea": ("--minarea 25", {"minarea": 25}),
+    "one pixel": ("--minarea 1 --thresh 2", {"minarea": 1, "thresh": 2.0}),
+    "gain": ("--gain 2", {"gain": 2.0}),
+    "gain, rms map": ("--gain 2 --err-option array_rms", {"gain": 2.0, "noise": "array_rms"}),
+    "few deblending levels": ("--deblend-nthresh 2", {"deblend_nthresh": 2}),
+    "no deblending": ("--deblend-nthresh 1", {"deblend_nthresh": 1}),
+    "many deblending levels": (
+        "--deblend-nthresh 1024 --deblend-cont 0",
+        {"deblend_nthresh": 1024, "deblend_cont": 0.0},
+    ),
+    "contrast": ("--deblend-cont 1", {"deblend_cont": 1.0}),
+    "no cleaning": ("--no-clean", {"clean": False}),
+    "strong cleaning": ("--clean-param 0.2", {"clean_param": 0.2}),
+    "mesh": (
+        "--bw 40 --bh 25 --fw 5 --fh 1 --fthresh 0.3",
+        {"mesh": {"bw": 40, "bh": 25, "fw": 5, "fh": 1, "fthresh": 0.3}},
+    ),
+    "box larger than the image": ("--bw 512 --bh 300", {"mesh": {"bw": 512, "bh": 300}}),
+}
+
+
+@pytest.mark.parametrize(("options", "keywords"), OPTIONS.values(), ids=OPTIONS)
+def test_products_are_those_of_sep(run, write, field, options, keywords):
+    assert_same(run(write(field), *options.split()), direct(field, **keywords))
+
+
+@pytest.mark.parametrize("option", ["float_globalrms", "array_rms", "none"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_masked_products_are_those_of_sep(run, write, field, holes, option, dtype):
+    image = field.astype(dtype)
+    paths = write(image), "--mask", write(holes.astype(np.uint8), "mask.fits")
+    result = run(*paths, "--err-option", option, "--thresh", 4)
+    assert_same(result, direct(image, mask=holes, noise=option, thresh=4.0))
+    assert not result.image("segmentation")[holes].any()
+
+
+@pytest.mark.parametrize("kind", ["stddev", "variance", "weight"])
+def test_noise_file_products_are_those_of_sep(run, write, field, kind):
+    noise = np.linspace(4, 16, field.size).reshape(field.shape).astype(np.float32)
+    stored = {"stddev": noise, "variance": noise**2, "weight": 1 / noise**2}[kind]
+    options = "--err-option", "file", "--err-type", kind, "--filter-type", "conv"
+    result = run(write(field), *options, "--err-file", write(stored, "noise.fits"))
+    expected = direct(field, noise=noise, filter_type="conv")[2]
+    found = table(result)
+    assert len(expected) > 20
+    if kind == "stddev":
+        for name in FIELDS:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    np.testing.assert_array_equal(found.npix, expected["npix"])
+    np.testing.assert_allclose(found.flux, expected["flux"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("stored", ["weight", "stddev"])
+def test_pixels_without_noise_are_masked(run, write, stars, stored):
+    usable = np.full(stars.shape, 1, np.float32)
+    usable[25:36, 30:50] = 0
+    usable[95:106, 110:130] = np.nan
+    path = write(usable, "noise.fits")
+    result = run(
+        write(stars), "--err-option", "file", "--err-file", path, "--err-type", stored,
+        "--filter-case", "none", "--thresh", 5,
+    )  # fmt: skip
+    assert len(table(result)) == 4
+    assert not result.image("segmentation")[(usable != 1)].any()
+
+
+KERNELS = {
+    "flat": np.ones((5, 5)),
+    "asymmetric": np.arange(1.0, 16).reshape(3, 5),
+    "with negative lobes": np.pad(2 * np.ones((3, 3)), 2, constant_values=-0.2),
+    "one row": np.array([[1.0, 3, 1]]),
+    "one column": np.array([[1.0], [3], [1]]),
+    "one pixel": np.array([[2.0]]),
+    "larger than the image": np.exp(-np.hypot(*np.mgrid[-35:36, -45:46]) / 2),
+}
+
+
+@pytest.mark.parametrize("noise", ["float_globalrms", "array_rms"])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_kernel_from_a_file_filters_as_in_sep(run, write, tmp_path, field, kernel, noise):
+    np.savetxt(tmp_path / "kernel.txt", kernel)
+    options = "--filter-case", "file", "--filter-file", tmp_path / "kernel.txt", "--thresh", 3
+    corner = np.ascontiguousarray(field[:60, :80])
+    expected = direct(corner, filter_kernel=kernel.astype(np.float32), noise=noise, thresh=3.0)
+    assert_same(run(write(corner), *options, "--err-option", noise), expected)
+
+
+@pytest.mark.parametrize("case", ["gaussian", "tophat"])
+@pytest.mark.parametrize("fwhm", [0.5, 1.5, 2.0, 4.7])
+def test_made_kernel_filters_as_in_sep(run, write, field, case, fwhm):
+    kernel = source_extractor.make_kernel(case, fwhm, None)
+    expected = direct(field, filter_kernel=kernel)
+    assert_same(run(write(field), "--filter-case", case, "--filter-fwhm", fwhm), expected)
+
+
+@pytest.mark.parametrize("fwhm", [1.2, 2.0, 3.3, 6.0])
+def test_gaussian_kernel_is_a_gaussian_averaged_over_each_pixel(fwhm):
+    kernel = source_extractor.make_kernel("gaussian", fwhm, None)
+    scale = 2 * sqrt(log(2)) / fwhm
+    edges = np.arange(len(kernel) + 1) - len(kernel) / 2
+    profile = np.diff([erf(scale * edge) for edge in edges])
+    expected = np.outer(profile, profile) / profile.sum() ** 2
+    np.testing.assert_allclose(kernel / kernel.sum(), expected, rtol=5e-3)
+    assert len(kernel) >= 3 * fwhm
+
+
+@pytest.mark.parametrize("diameter", [1.0, 2.0, 3.0, 5.5])
+def test_tophat_kernel_is_flat_and_has_the_area_of_its_circle(diameter):
+    kernel = source_extractor.make_kernel("tophat", diameter, None)
+    assert kernel.sum() == pytest.approx(pi * diameter**2 / 4, rel=0.02)
+    assert kernel.max() <= 1
+    np.testing.assert_array_equal(kernel, kernel.T)
+    np.testing.assert_array_equal(kernel, kernel[::-1])
+
+
+@pytest.mark.parametrize("options", ["", "--no-clean --minarea 1", "--err-option array_rms"])
+def test_map_has_as_many_pixels_of_each_label_as_the_catalogue_says(run, write, field, options):
+    result = run(write(field), *options.split())
+    catalog = result.catalog
+    np.testing.assert_array_equal(catalog.id, np.arange(1, len(catalog) + 1))
+    counts = np.bincount(result.image("segmentation").ravel(), minlength=len(catalog) + 1)
+    np.testing.assert_array_equal(counts[1:], catalog.npix)
+    peak = result.image("segmentation")[catalog.ypeak, catalog.xpeak]
+    np.testing.assert_array_equal(peak, catalog.id)
+
+
+# ---------------------------------------------------------------------------------------------
+# What would kill SEP, or be taken for something else
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--bw", "--bh"])
+@pytest.mark.parametrize("value", [0, -1, -64])
+def test_box_sizes_that_kill_sep_are_wrong_usage(run, write, stars, option, value):
+    assert_one_error(run(write(stars), option, value), 2, option)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1025, 2**31, 2**40])
+def test_deblending_levels_that_kill_sep_are_wrong_usage(run, write, stars, value):
+    assert_one_error(run(write(stars), "--deblend-nthresh", value), 2, "--deblend-nthresh")
+
+
+@pytest.mark.parametrize("option", ["--fw", "--fh"])
+@pytest.mark.parametrize("value", [0, -3, 2, 4])
+def test_median_filters_without_a_centre_are_wrong_usage(run, write, stars, option, value):
+    assert_one_error(run(write(stars), option, value), 2, option)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--thresh", value) for value in ("0", "-1", "nan", "inf")),
+        *(("--gain", value) for value in ("0", "-2", "nan")),
+        *(("--minarea", value) for value in ("0", "-5", "2.5", str(2**31))),
+        *(("--deblend-cont", value) for value in ("-0.1", "1.5", "nan")),
+        *(("--clean-param", value) for value in ("0", "-1", "inf")),
+        *(("--filter-fwhm", value) for value in ("0", "-2", "nan", "1e9")),
+        ("--fthresh", "nan"),
+    ],
+)
+def test_numbers_out_of_bounds_are_wrong_usage(run, write, stars, option, value):
+    assert_one_error(run(write(stars), f"{option}={value}"), 2, option)
+
+
+@pytest.mark.parametrize("options", ["--bw {0}", "--bh {0}", "--bw {0} --bh {0}"])
+@pytest.mark.parametrize("size", [10**6, 10**9, 2**31 - 1])
+def test_boxes_of_any_size_beyond_the_image_are_one_box(run, write, stars, options, size):
+    result = run(write(stars), *options.format(size).split())
+    mesh = {name: 160 for name in ("bw", "bh") if name in options}
+    assert_same(result, direct(stars, mesh=mesh))
+
+
+@pytest.mark.parametrize("option", ["--bw", "--bh", "--fw", "--fh"])
+def test_sizes_beyond_any_integer_end_in_good_order(run, write, stars, option):
+    result = run(write(stars), option, 2**70 + 1)
+    if result.code != 0:
+        assert_one_error(result, 2, option)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "kernel"),
+        ("# only a comment\n", "kernel"),
+        ("0 0 0\n0 0 0\n0 0 0\n", "zero"),
+        ("1 1 1\n1 nan 1\n1 1 1\n", "finite"),
+        ("1 1 1\n1 inf 1\n1 1 1\n", "finite"),
+        ("1 1\n1 1\n", "odd"),
+        ("1 1 1\n1 1 1\n", "odd"),
+        ("1 2 1\n2 4\n", "rows"),
+    ],
+)
+def test_kernels_that_sep_misunderstands_are_refused(run, write, stars, tmp_path, text, word):
+    path = tmp_path / "kernel.txt"
+    path.write_text(text)
+    result = run(write(stars), "--filter-case", "file", "--filter-file", path)
+    assert_one_error(result, 1, "kernel.txt", word)
+
+
+INTEGERS = ["u1", "i1", "i2", "u2", "i4", "u4", "i8"]
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, ">f4", ">f8", "f2"])
+def test_any_pixel_type_gives_the_products_of_the_same_floats(run, tmp_path, stars, dtype):
+    stored = (np.rint(stars - 60) if dtype in INTEGERS else stars).astype(dtype)
+    tifffile.imwrite(tmp_path / "image.tiff", stored, byteorder=">" if ">" in dtype else "<")
+    exact = np.float64 if dtype in ("i4", "u4", "i8", ">f8") else np.float32
+    assert_same(run(tmp_path / "image.tiff"), direct(stored.astype(exact)))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "f2", "f4", "f8", "?"])
+def test_any_mask_type_masks_the_same(run, write, tmp_path, stars, dtype):
+    mask = np.zeros(stars.shape, dtype)
+    mask[25:36, 34:47] = 1
+    tifffile.imwrite(tmp_path / "mask.tiff", mask)
+    expected = direct(stars, mask=mask.astype(bool))
+    assert_same(run(write(stars), "--mask", tmp_path / "mask.tiff"), expected)
+
+
+def test_nan_in_a_float_mask_is_masked_in_background_and_extraction(run, write, stars):
+    mask = np.zeros(stars.shape, np.float32)
+    mask[25:36, 34:47] = np.nan
+    expected = direct(stars, mask=np.isnan(mask))
+    assert_same(run(write(stars), "--mask", write(mask, "mask.fits")), expected)
+    assert len(expected[2]) == 5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("option", ["float_globalrms", "array_rms", "none"])
+def test_pixels_that_are_not_finite_are_masked_by_themselves(run, write, stars, bad, option):
+    image = stars.copy()
+    hole = np.zeros(stars.shape, bool)
+    hole[28:32, 38:43] = hole[60, 80] = True
+    image[hole] = bad
+    expected = direct(stars, mask=hole, noise=option, thresh=4.0)
+    assert_same(run(write(image), "--err-option", option, "--thresh", 4), expected)
+
+
+@pytest.mark.parametrize("border", [1, 3, 20])
+def test_border_of_nan_does_not_change_the_sources_inside(run, write, stars, border):
+    framed = np.pad(stars, border, constant_values=np.nan)
+    mesh = "--bw", 400, "--bh", 400
+    inside = table(run(write(stars), *mesh))
+    found = table(run(write(framed, "framed.fits"), *mesh))
+    np.testing.assert_array_equal(found.npix, inside.npix)
+    np.testing.assert_allclose(found.x, inside.x + border, rtol=1e-6)
+    np.testing.assert_allclose(found.y, inside.y + border, rtol=1e-6)
+    np.testing.assert_allclose(found.flux, inside.flux, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [1e6, np.nan, np.inf])
+@pytest.mark.parametrize("option", ["float_globalrms", "array_rms", "none"])
+@pytest.mark.parametrize("width", [3, 7])
+def test_masked_pixels_in_the_first_rows_are_not_detected(
+    run, write, tmp_path, stars, bad, option, width
+):
+    np.savetxt(tmp_path / "kernel.txt", np.ones((width, width)))
+    filtering = "--filter-case", "file", "--filter-file", tmp_path / "kernel.txt"
+    mask = np.zeros(stars.shape, bool)
+    mask[0, 60:63] = mask[1, 100] = mask[2, 130] = True
+    image = np.where(mask, np.float32(bad), stars)
+    options = (*filtering, "--err-option", option, "--thresh", 5, "--bw", 400, "--bh", 400)
+    upright, flipped = (
+        table(run(write(i, f"i{n}.fits"), "--mask", write(m, f"m{n}.fits"), *options))
+        for n, (i, m) in enumerate(
+            [(image, mask.astype("u1")), (image[::-1], mask[::-1].astype("u1"))]
+        )
+    )
+    assert len(upright) == 6
+    upright, flipped = upright.sort_values("x"), flipped.sort_values("x")
+    np.testing.assert_array_equal(upright.npix, flipped.npix)
+    np.testing.assert_allclose(upright.x, flipped.x, rtol=1e-5)
+    np.testing.assert_allclose(upright.y, len(stars) - 1 - flipped.y, rtol=1e-5)
+
+
+def test_masked_pixels_in_the_first_rows_keep_their_value_in_the_subtracted_image(
+    run, write, tmp_path, stars
+):
+    image = stars.copy()
+    image[0, 60] = 1e4
+    path = tmp_path / "subtracted.fits"
+    result = run(write(image), "--mask-box", 60, 60, 0, 0, "--subtracted", path)
+    assert len(table(result)) == 6
+    left = source_extractor.fits.getdata(path)
+    np.testing.assert_allclose(left, image - result.image("background"), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing to measure, nothing to find
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["float_globalrms", "array_rms", "none"])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("value", "dtype"), [(0, "f4"), (7.3, "f4"), (-1e20, "f8"), (9, "i2")])
+def test_constant_image_has_no_noise_and_no_sources(run, write, option, passes, value, dtype):
+    image = np.full(SMALL, value, dtype)
+    result = run(write(image), "--err-option", option, "--background-passes", passes)
+    assert table(result).empty
+    assert "warning" in result.err
+    assert not result.image("segmentation").any()
+    assert not result.image("rms").any()
+    np.testing.assert_allclose(result.image("background"), image, rtol=1e-7)
+
+
+def test_constant_image_is_reported_once_and_without_sep_s_made_up_noise(run, write):
+    result = run(write(np.full(SMALL, 7, np.float32)), "--background-passes", 2)
+    assert result.err.count("constant") == 1
+    assert re.search(r"^background +7, rms 0$", result.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("option", ["float_globalrms", "array_rms"])
+def test_sources_without_noise_ask_for_another_threshold(run, write, option):
+    image = np.zeros(SMALL, np.float32)
+    image[50:54, 70:75] = 9
+    result = run(write(image), "--err-option", option)
+    assert_one_error(result, 1, "image.fits", "--err-option none", "--err-option file")
+
+
+def test_sources_without_noise_are_found_over_an_absolute_threshold(run, write):
+    image = np.zeros(SMALL, np.float32)
+    image[50:54, 70:75] = 9
+    found = table(run(write(image), "--err-option", "none", "--filter-case", "none"))
+    assert found[["npix", "flux", "xmin", "ymax"]].to_numpy().tolist() == [[20, 180, 70, 53]]
+
+
+def test_no_detections_are_a_result(run, write, stars):
+    full = run(write(stars)).catalog
+    result = run(write(stars, "again.fits"), "--thresh", 1e6)
+    assert result.code == 0
+    assert (result.directory / "catalog.tsv").read_text().count("\n") == 1
+    assert list(result.catalog) == list(full)
+    assert not result.image("segmentation").any()
+    assert "warning: no sources" in result.err
+
+
+def test_image_all_masked_is_refused(run, write, stars):
+    result = run(write(stars), "--mask", write(np.ones(SMALL, np.uint8), "mask.fits"))
+    assert_one_error(result, 1, "image.fits", "masked")
+
+
+def test_image_all_nan_is_refused(run, write):
+    assert_one_error(run(write(np.full(SMALL, np.nan, np.float32))), 1, "image.fits", "masked")
+
+
+@pytest.mark.parametrize(("rows", "good"), [(59, True), (61, False)])
+def test_some_box_needs_half_of_its_pixels_for_a_background(run, write, stars, rows, good):
+    mesh = "--bw", 160, "--bh", 120
+    result = run(write(stars), *mesh, "--mask-box", 0, 159, 0, rows)
+    if good:
+        mask = np.zeros(SMALL, bool)
+        mask[: rows + 1] = True
+        expected = sep.Background(stars, mask=mask, bw=160, bh=120)
+        np.testing.assert_array_equal(result.image("background"), expected.back())
+        assert len(table(result)) == 2
+    else:
+        assert_one_error(result, 1, "image.fits", "--bw", "--bh")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (2, 2), (3, 3), (1, 5), (5, 2)])
+@pytest.mark.parametrize("options", ["", "--err-option array_rms", "--background-passes 2"])
+def test_tiny_images_are_worked_on(run, write, tmp_path, shape, options):
+    image = np.random.default_rng(1).normal(10, 1, shape).astype(np.float32)
+    np.savetxt(tmp_path / "kernel.txt", np.ones((31, 33)))
+    filtering = "--filter-case", "file", "--filter-file", tmp_path / "kernel.txt"
+    for arguments in (options.split(), (*options.split(), *filtering)):
+        path = write(image, f"image{len(arguments)}.fits")
+        result = run(path, *arguments, "--minarea", 1)
+        assert result.code == 0
+        for product in ("background", "rms", "segmentation"):
+            assert result.image(product).shape == shape
+            assert np.isfinite(result.image(product)).all()
+
+
+def test_bright_pixel_of_a_single_row_is_found(run, write):
+    image = np.random.default_rng(1).normal(10, 1, (1, 60)).astype(np.float32)
+    image[0, 33] = 100
+    options = "--minarea", 1, "--filter-case", "none", "--thresh", 5
+    found = table(run(write(image), *options))
+    assert found[["xpeak", "ypeak", "npix"]].to_numpy().tolist() == [[33, 0, 1]]
+
+
+# ---------------------------------------------------------------------------------------------
+# SEP's internal limits
+# ---------------------------------------------------------------------------------------------
+
+
+def test_more_pixels_than_sep_s_buffer_are_extracted(run, write, large_limits):
+    image = np.random.default_rng(2).normal(0, 1, (520, 1280)).astype(np.float32)
+    image[:, 640:] += 20
+    options = "--err-option none --thresh 2 --bw 1280 --bh 520 --deblend-nthresh 1 -v"
+    result = run(write(image), *options.split())
+    assert "grown" in result.out
+    large_limits()
+    mesh = {"bw": 1280, "bh": 520}
+    expected = direct(image, noise="none", thresh=2.0, mesh=mesh, deblend_nthresh=1)
+    assert_same(result, expected)
+    assert expected[2]["npix"].max() > 300_000
+
+
+def crowd(side, pitch, border):
+    """Return an image of `side` x `side` equal stars on a common plateau, in an empty sky."""
+    phase = np.arange(side * pitch) % pitch - pitch // 2
+    profile = np.exp(-(phase**2) / 2)
+    image = np.pad(10 + 50 * np.outer(profile, profile), border)
+    return (image + np.random.default_rng(0).normal(0, 0.1, image.shape)).astype(np.float32)
+
+
+CROWD_OPTIONS = (
+    "--err-option none --thresh 5 --filter-case none --deblend-cont 0 --bw 1000 --bh 1000"
+)
+
+
+def test_more_sub_objects_than_sep_s_limit_are_deblended(run, write, large_limits):
+    image = crowd(34, 6, 64)
+    result = run(write(image), *CROWD_OPTIONS.split(), "-v")
+    assert re.search("sub-objects.*grown to 4096", result.out)
+    large_limits()
+    expected = direct(
+        image, noise="none", thresh=5.0, filter_kernel=None, deblend_cont=0.0,
+        mesh={"bw": 1000, "bh": 1000},
+    )  # fmt: skip
+    assert_same(result, expected)
+    assert len(expected[2]) == 34**2
+
+
+def test_limits_grow_silently_without_v(run, write):
+    result = run(write(crowd(34, 6, 64)), *CROWD_OPTIONS.split())
+    assert len(table(result)) == 34**2
+    assert "grown" not in result.out + result.err
+
+
+# ---------------------------------------------------------------------------------------------
+# Scales and pedestals that float32 can't take
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["float_globalrms", "array_rms", "none", "file"])
+@pytest.mark.parametrize(
+    ("factor", "pedestal", "dtype"),
+    [
+        (1e-20, 0, np.float32),
+        (1e20, 0, np.float32),
+        (1e-20, 0, np.float64),
+        (1e20, 0, np.float64),
+        (1e150, 0, np.float64),
+        (1, 1e7, np.float64),
+        (1, -1e7, np.float64),
+        (1e-20, 1e7, np.float64),
+        (1e25, 1e7, np.float64),
+    ],
+)
+def test_scale_and_pedestal_do_not_matter(run, write, stars, option, factor, pedestal, dtype):
+    def products(image, name, unit):
+        options = ["--err-option", option, "--thresh", 4 * unit if option == "none" else 4]
+        options += ["--gain", 2 / unit, "--fthresh", 0.2 * unit, "--bw", 40, "--bh", 40]
+        if option == "file":
+            noise = np.full(stars.shape, 1.2 * unit).astype(dtype)
+            options += ["--err-file", write(noise, f"noise-{name}")]
+        result = run(write(image, name), *options)
+        return table(result), result.image("background"), result.image("rms")
+
+    plain, level, noise = products(stars.astype(dtype), "plain.fits", 1)
+    image = ((stars.astype(np.float64) + pedestal) * factor).astype(dtype)
+    found, scaled_level, scaled_noise = products(image, "scaled.fits", factor)
+    assert len(plain) == 6
+    np.testing.assert_array_equal(found.npix, plain.npix)
+    for name in FIELDS:
+        scaled = plain[name] * (factor if name in FLUXES else 1)
+        np.testing.assert_allclose(found[name], scaled, rtol=2e-3, atol=1e-5, err_msg=name)
+    assert scaled_level.dtype.newbyteorder("=") == dtype
+    np.testing.assert_allclose(scaled_noise / factor, noise, rtol=1e-3)
+    np.testing.assert_allclose(scaled_level / factor - pedestal, level, atol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Background in two passes
+# ---------------------------------------------------------------------------------------------
+
+
+def test_second_pass_takes_a_big_galaxy_and_a_bright_star_out_of_the_background(run, write):
+    shape = (256, 256)
+    sources = vstack(
+        [galaxies(90, 140, 3e5, n=1, a=16, b=12, theta=0.4), stars(200, 60, 2e5, fwhm=5, beta=3)]
+    )
+    image, _ = simulate(shape, sources, seed=6, level=100, gradient=(2, 0), noise=1)
+    truth, _ = simulate(shape, sources[:0], level=100, gradient=(2, 0), noise=0)
+    path = write(image)
+    once = run(path, "--background-passes", 1).image("background")
+    twice = run(path, "--background-passes", 2).image("background")
+    assert np.ptp(twice) < np.ptp(once) / 5
+    assert np.abs(twice - truth).max() < np.abs(once - truth).max() / 5
+    assert np.sqrt(np.mean((twice - truth) ** 2)) < 0.5
+
+
+def test_second_pass_of_empty_sky_changes_nothing(run, write):
+    path = write(np.random.default_rng(3).normal(5, 1, SMALL).astype(np.float32))
+    options = "--thresh", 5
+    once = run(path, *options).image("background")
+    np.testing.assert_array_equal(
+        run(path, *options, "--background-passes", 2).image("background"), once
+    )
+
+
+def test_second_pass_with_sources_everywhere_keeps_the_first(run, write):
+    y, x = np.indices((64, 64))
+    image = np.random.default_rng(3).normal(5, 1, (64, 64))
+    image += 1000 * np.exp(-((x - 32) ** 2 + (y - 32) ** 2) / 300)
+    path = write(image.astype(np.float32))
+    once = run(path).image("background")
+    result = run(path, "--background-passes", 2)
+    np.testing.assert_array_equal(result.image("background"), once)
+    assert "warning: sources fill every background box" in result.err
+    assert result.code == 0
+
+
+def test_second_pass_respects_the_mask(run, write, stars):
+    image = stars.copy()
+    image[40:90, 60:110] += 1000
+    box = "--mask-box", 60, 109, 40, 89
+    result = run(write(image), *box, "--background-passes", 2)
+    assert np.abs(result.image("background") - 100).max() < 1
+
+
+# ---------------------------------------------------------------------------------------------
+# How deep a noise image goes with a matched filter
+# ---------------------------------------------------------------------------------------------
+
+DEEPER = re.compile(r"warning: .* detects ([\d.]+) times fainter.*--thresh ([\d.]+) would reach")
+
+
+@pytest.mark.parametrize(
+    "kernel", [DEFAULT_KERNEL, np.ones((3, 3)), np.array([[0, 1, 0], [1, -2, 1], [0, 3, 0]])]
+)
+def test_matched_filter_says_truly_how_much_deeper_it_goes(run, write, tmp_path, kernel):
+    noise = np.random.default_rng(8).normal(0, 1, (400, 400)).astype(np.float32)
+    np.savetxt(tmp_path / "kernel.txt", kernel)
+    path = write(noise)
+    options = "--filter-case file --minarea 1 --deblend-nthresh 1 --no-clean --bw 400 --bh 400"
+    options = (*options.split(), "--filter-file", tmp_path / "kernel.txt")
+
+    def detected(option, thresh):
+        result = run(path, *options, "--err-option", option, "--thresh", thresh)
+        assert result.code == 0
+        return DEEPER.search(result.err), np.count_nonzero(result.image("segmentation"))
+
+    silent, shallow = detected("float_globalrms", 0.75)
+    warned, deep = detected("array_rms", 0.75)
+    deeper, thresh = map(float, warned.groups())
+    _, equal = detected("array_rms", thresh)
+    assert silent is None
+    assert deeper == pytest.approx(np.abs(kernel).sum() / np.sqrt((kernel**2).sum()), abs=0.005)
+    assert thresh == pytest.approx(0.75 * deeper, rel=0.01)
+    assert deep > 2 * shallow
+    assert equal == pytest.approx(shallow, rel=0.1)
+
+
+def test_default_kernel_goes_2_67_times_deeper(run, write, stars):
+    result = run(write(stars), "--err-option", "array_rms")
+    assert DEEPER.search(result.err).group(1) == "2.67"
+
+
+@pytest.mark.parametrize(
+    "options", ["--err-option array_rms --filter-type conv", "--err-option none", ""]
+)
+def test_other_filtering_goes_no_deeper_and_says_nothing(run, write, stars, options):
+    assert run(write(stars), *options.split()).err == ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Any settings, any image
+# ---------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "--bw": st.integers(8, 100),
+    "--bh": st.integers(8, 100),
+    "--fw": st.integers(0, 49).map(lambda n: 2 * n + 1),
+    "--fh": st.integers(0, 49).map(lambda n: 2 * n + 1),
+    "--fthresh": st.floats(0, 1e300),
+    "--background-passes": st.sampled_from([1, 2]),
+    "--thresh": st.one_of(st.floats(0.1, 10), st.floats(5e-324, 1e308)),
+    "--err-option": st.sampled_from(["float_globalrms", "array_rms", "none"]),
+    "--gain": st.floats(5e-324, 1e308),
+    "--minarea": st.one_of(st.integers(1, 20), st.integers(1, 2**31 - 1)),
+    "--filter-case": st.sampled_from(["none", "default", "gaussian", "tophat"]),
+    "--filter-fwhm": st.floats(5e-324, 50),
+    "--filter-type": st.sampled_from(["matched", "conv"]),
+    "--deblend-nthresh": st.integers(1, 1024),
+    "--deblend-cont": st.floats(0, 1),
+    "--clean-param": st.floats(5e-324, 1e308),
+}
+BOUNDED = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def assert_sound(result):
+    """Demand an end in good order, and a map that agrees with the catalogue."""
+    assert result.code in (0, 1)
+    assert "Traceback" not in result.err
+    if result.code == 1:
+        assert result.err.splitlines()[-1].startswith("source_extractor.py: error: ")
+        return
+    catalog, labels = result.catalog, result.image("segmentation")
+    counts = np.bincount(labels.ravel(), minlength=len(catalog) + 1)
+    np.testing.assert_array_equal(counts[1:], catalog.npix)
+    assert np.isfinite(result.image("background")).all()
+
+
+@BOUNDED
+@given(options=st.fixed_dictionaries({}, optional=SETTINGS), clean=st.booleans())
+def test_any_settings_within_bounds_end_in_good_order(run, tmp_path, options, clean):
+    image, _ = simulate((40, 50), random_sources((40, 50), 12, seed=9), seed=10)
+    image[:3, :4] = np.nan
+    tifffile.imwrite(tmp_path / "image.tiff", image)
+    pairs = [f"{name}={value}" for name, value in options.items()]
+    assert_sound(run(tmp_path / "image.tiff", *pairs, "--clean" if clean else "--no-clean"))
+
+
+@BOUNDED
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    scale=st.floats(-300, 300),
+    pedestal=st.floats(-1e9, 1e9),
+    masked=st.sampled_from([0, 0.1, 0.5, 0.9, 1]),
+    levels=st.sampled_from([1, 2, 5, 1000]),
+    option=st.sampled_from(["float_globalrms", "array_rms", "none"]),
+    seed=st.integers(0, 99),
+)
+def test_any_image_ends_in_good_order(
+    run, tmp_path, shape, scale, pedestal, masked, levels, option, seed
+):
+    rng = np.random.default_rng(seed)
+    image = (np.rint(rng.standard_cauchy(shape) * levels) / levels + pedestal) * 10**scale
+    image[rng.random(shape) < masked] = np.nan
+    tifffile.imwrite(tmp_path / "image.tiff", image)
+    assert_sound(run(tmp_path / "image.tiff", "--err-option", option, "--minarea", 1))

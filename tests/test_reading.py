@@ -1,0 +1,597 @@
+"""Reading: however an image is stored, its pixels are the same; what can't be read is refused."""
+
+import bz2
+import gzip
+import io
+import re
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+from astropy.io import fits
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import source_extractor
+from source_extractor import InputError, read_image
+
+# What Galaxy calls every file, whatever is in it.
+NAME = "dataset_1.dat"
+
+RAMP = np.arange(20 * 24).reshape(20, 24)
+SMOOTH = np.add.outer(np.arange(48), 2 * np.arange(64))
+CUBE = np.arange(2 * 3 * 4 * 5, dtype=np.int16).reshape(2, 3, 4, 5)
+
+PROPERTY = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture
+def put(tmp_path):
+    """Return a function that stores bytes under a name that says nothing, and returns the path."""
+
+    def put_bytes(content):
+        path = tmp_path / NAME
+        path.write_bytes(content)
+        return path
+
+    return put_bytes
+
+
+def fits_bytes(stored, **cards):
+    """Return a FITS file made by hand: cards and big-endian pixels in blocks of 2880 bytes."""
+    bitpix = 8 * stored.itemsize * (-1 if stored.dtype.kind == "f" else 1)
+    axes = {f"NAXIS{number}": n for number, n in enumerate(stored.shape[::-1], start=1)}
+    cards = {"SIMPLE": True, "BITPIX": bitpix, "NAXIS": stored.ndim, **axes, **cards}
+    lines = [
+        f"{key:8}= {'FT'[value] if isinstance(value, bool) else value:>20}"
+        for key, value in cards.items()
+    ]
+    header = "".join(f"{line:80}" for line in [*lines, "END"]).encode()
+    pixels = stored.astype(stored.dtype.newbyteorder(">")).tobytes()
+    return in_blocks(header, b" ") + in_blocks(pixels, b"\0")
+
+
+def in_blocks(content, filler):
+    return content + filler * (-len(content) % 2880)
+
+
+def hdus_bytes(*hdus):
+    """Return a FITS file with an empty primary HDU, and after it the given ones."""
+    buffer = io.BytesIO()
+    fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(buffer)
+    return buffer.getvalue()
+
+
+def tiff_bytes(data, **keywords):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, data, **({"photometric": "minisblack"} | keywords))
+    return buffer.getvalue()
+
+
+def pillow_bytes(data, **keywords):
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(data).save(buffer, format="TIFF", **keywords)
+    return buffer.getvalue()
+
+
+def imagej_bytes(stack):
+    """Return a stack as ImageJ itself stores it: one page, and all planes in one go after it."""
+    depth, rows, columns = stack.shape
+    text = f"ImageJ=1.53\nimages={depth}\nslices={depth}\n\0".encode()
+    start = 8 + 2 + 10 * 12 + 4
+    tags = (
+        (256, 4, 1, columns),
+        (257, 4, 1, rows),
+        (258, 4, 1, 16),
+        (259, 4, 1, 1),
+        (262, 4, 1, 1),
+        (270, 2, len(text), start),
+        (273, 4, 1, start + len(text)),
+        (277, 4, 1, 1),
+        (278, 4, 1, rows),
+        (279, 4, 1, 2 * rows * columns),
+    )
+    directory = b"".join(struct.pack(">HHII", *tag) for tag in tags)
+    head = struct.pack(">2sHIH", b"MM", 42, 8, len(tags)) + directory + bytes(4)
+    return head + text + stack.astype(">u2").tobytes()
+
+
+def assert_pixels(path, expected, hdu=None, plane=None):
+    """Assert that a file reads as these values, in the form that the middle of the tool takes."""
+    data = read_image(path, hdu, plane).data
+    assert data.dtype in (np.float32, np.float64)
+    assert data.dtype.isnative
+    assert data.flags.c_contiguous
+    assert data.shape == expected.shape
+    np.testing.assert_array_equal(data, expected)
+
+
+def refused(result, *words):
+    """Assert that a run failed as it should: one line that holds these words, and no product."""
+    assert result.code == 1
+    lines = result.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("source_extractor.py: error: ")
+    for word in words:
+        assert str(word) in lines[0]
+    assert not any(result.directory.rglob("*"))
+    return lines[0]
+
+
+# FITS
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress])
+def test_fits_is_read_plain_and_packed_whatever_its_name(put, pack):
+    assert_pixels(put(pack(fits_bytes(RAMP.astype(np.int16)))), RAMP)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "i4", "i8", "f4", "f8"])
+def test_fits_pixel_types_keep_their_values(put, dtype):
+    stored = (RAMP * 0.5).astype(dtype)
+    stored[3, 4] = 100
+    assert_pixels(put(fits_bytes(stored)), stored)
+
+
+@pytest.mark.parametrize("dtype", ["i4", "i8", "f8"])
+def test_values_that_float32_would_round_are_kept(put, dtype):
+    stored = np.array([[2**24 + 1, 2**30 + 1], [-(2**24) - 1, 0]], dtype=dtype)
+    assert_pixels(put(fits_bytes(stored)), stored)
+
+
+@pytest.mark.parametrize("blank", [None, 7])
+@pytest.mark.parametrize(
+    ("dtype", "scaling"),
+    [
+        ("u1", {}),
+        ("i2", {}),
+        ("i4", {}),
+        ("i8", {}),
+        ("i2", {"BSCALE": 0.5, "BZERO": -10.0}),
+        ("i4", {"BSCALE": -2.0}),
+        ("u1", {"BZERO": -128}),
+        ("i2", {"BZERO": 2**15}),
+        ("i4", {"BZERO": 2**31, "BSCALE": 1}),
+    ],
+)
+def test_fits_scaling_and_blank_make_the_values_of_the_standard(put, dtype, scaling, blank):
+    stored = (RAMP % 100).astype(dtype)
+    values = scaling.get("BZERO", 0) + scaling.get("BSCALE", 1) * stored.astype(np.float64)
+    if blank is not None:
+        values[stored == blank] = np.nan
+        scaling = scaling | {"BLANK": blank}
+    assert_pixels(put(fits_bytes(stored, **scaling)), values)
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype"),
+    [
+        *((codec, dtype) for codec in ("RICE_1", "GZIP_1", "GZIP_2") for dtype in ("u1", "i2")),
+        *(
+            (codec, dtype)
+            for codec in ("RICE_1", "GZIP_1", "HCOMPRESS_1")
+            for dtype in ("u2", "i4")
+        ),
+        *(("PLIO_1", dtype) for dtype in ("u1", "i2", "i4")),
+    ],
+)
+def test_tile_compressed_integers_are_exact(put, codec, dtype):
+    stored = (RAMP % 251).astype(dtype)
+    hdu = fits.CompImageHDU(stored, compression_type=codec, tile_shape=(7, 24))
+    assert_pixels(put(hdus_bytes(hdu)), stored)
+
+
+@pytest.mark.parametrize("codec", ["RICE_1", "HCOMPRESS_1", "GZIP_2"])
+def test_tile_compressed_floats_come_within_their_quantization_and_nan_stays(put, codec):
+    image = np.random.default_rng(3).normal(100, 4, (40, 50)).astype(np.float32)
+    image[5, 6] = np.nan if codec != "HCOMPRESS_1" else 100
+    hdu = fits.CompImageHDU(image, compression_type=codec, quantize_level=16)
+    np.testing.assert_allclose(read_image(put(hdus_bytes(hdu))).data, image, atol=4 / 16)
+
+
+@pytest.mark.parametrize("dtype", ["i2", "u2"])
+def test_blank_is_seen_in_tile_compressed_integers(put, dtype):
+    stored_as = 7 - (2**15 if dtype == "u2" else 0)
+    hdu = fits.CompImageHDU(RAMP.astype(dtype), fits.Header({"BLANK": stored_as}))
+    assert_pixels(put(hdus_bytes(hdu)), np.where(RAMP == 7, np.nan, RAMP))
+
+
+@pytest.mark.parametrize(
+    "shape", [(20, 24), (1, 20, 24), (1, 1, 20, 24), (20, 1, 24), (20, 24, 1), (1, 20, 1, 24, 1)]
+)
+def test_fits_axes_of_length_one_are_dropped(put, shape):
+    assert_pixels(put(fits_bytes(RAMP.reshape(shape))), RAMP)
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (24, 1), (1, 1, 24), (1, 1)])
+def test_a_single_row_column_or_pixel_is_an_image(put, shape):
+    line = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    assert_pixels(put(fits_bytes(line)), line.reshape(shape[-2:]))
+    if len(shape) == 2:
+        assert_pixels(put(tiff_bytes(line)), line)
+
+
+@pytest.mark.parametrize("plane", [0, 1, 4, 5])
+def test_planes_of_a_fits_hypercube_count_in_numpys_order(put, plane):
+    assert_pixels(put(fits_bytes(CUBE)), CUBE.reshape(-1, 4, 5)[plane], plane=plane)
+
+
+def test_planes_of_a_compressed_cube_and_of_an_axis_in_the_middle(put):
+    cube = np.arange(3 * 20 * 24, dtype=np.int16).reshape(3, 20, 24)
+    assert_pixels(put(hdus_bytes(fits.CompImageHDU(cube))), cube[2], plane=2)
+    assert_pixels(put(fits_bytes(cube[:, np.newaxis])), cube[1], plane=1)
+
+
+def test_plane_zero_of_a_lone_plane_is_that_plane(put):
+    assert_pixels(put(fits_bytes(RAMP)), RAMP, plane=0)
+    assert_pixels(put(tiff_bytes(RAMP.astype(np.uint16))), RAMP, plane=0)
+
+
+@pytest.fixture
+def extensions(put):
+    """Return a file: empty primary, table, SCI, ERR, SCI again, a line, one without a name."""
+    table = fits.BinTableHDU.from_columns([fits.Column("x", "E", array=np.arange(3.0))], name="TAB")
+    images = [
+        fits.ImageHDU(np.full((4, 5), 1.0), name="SCI", ver=1),
+        fits.ImageHDU(np.full((4, 5), 2.0), name="ERR", ver=1),
+        fits.CompImageHDU(np.full((4, 5), 3, np.int16), fits.Header({"EXTVER": 2}), name="SCI"),
+        fits.ImageHDU(np.arange(9.0), name="LINE"),
+        fits.ImageHDU(np.full((4, 5), 4.0)),
+        fits.ImageHDU(np.full((4, 5), 5.0), name="ODD,NAME"),
+    ]
+    return put(hdus_bytes(table, *images))
+
+
+@pytest.mark.parametrize(
+    ("hdu", "value"),
+    [
+        *((None, 1), ("2", 1), ("3", 2), ("4", 3), ("6", 4)),
+        *(("SCI", 1), ("sci", 1), ("ERR", 2), ("SCI,1", 1), ("SCI,2", 3)),
+    ],
+)
+def test_hdu_is_chosen_by_index_name_or_name_and_version(extensions, hdu, value):
+    assert_pixels(extensions, np.full((4, 5), value), hdu=hdu)
+
+
+@pytest.mark.parametrize(
+    "hdu", ["0", "1", "TAB", "LINE", "8", "99", "SCI,3", "-1", "nothing", "SCI,x"]
+)
+def test_an_hdu_without_an_image_is_refused_and_the_others_listed(run, extensions, hdu):
+    refused(run(extensions, f"--hdu={hdu}"), NAME, hdu, "SCI", "ERR", "TAB", "5 x 4")
+
+
+def test_hdu_of_a_tiff_is_refused(run, put):
+    refused(run(put(tiff_bytes(RAMP.astype(np.uint8))), "--hdu", "SCI"), NAME, "TIFF", "SCI")
+
+
+# TIFF
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "f2", "f4", "f8"])
+def test_tiff_pixel_types_keep_their_values(put, dtype, byteorder):
+    stored = (RAMP % 100 * (0.5 if dtype.startswith("f") else 1)).astype(dtype)
+    stored[2, 3] = np.finfo(dtype).max if dtype.startswith("f") else np.iinfo(dtype).max
+    assert_pixels(put(tiff_bytes(stored, byteorder=byteorder)), stored)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tile": (16, 32)}, {"rowsperstrip": 7}, {"bigtiff": True}])
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "packbits", "zstd"])
+def test_tiff_codecs_and_layouts_are_lossless(put, compression, layout):
+    stored = SMOOTH.astype(np.uint16)
+    for predictor in (None, 2) if compression in ("lzw", "zlib", "zstd") else (None,):
+        packed = tiff_bytes(stored, compression=compression, predictor=predictor, **layout)
+        assert_pixels(put(packed), stored)
+
+
+def test_tiff_floats_with_a_predictor_are_lossless(put):
+    stored = np.sqrt(SMOOTH).astype(np.float32)
+    assert_pixels(put(tiff_bytes(stored, compression="zlib", predictor=3)), stored)
+
+
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+def test_jpeg_in_tiff_comes_close(put, tile):
+    stored = SMOOTH.astype(np.uint8)
+    data = read_image(put(tiff_bytes(stored, compression="jpeg", tile=tile))).data
+    np.testing.assert_allclose(data, stored, atol=4)
+
+
+@pytest.mark.parametrize(
+    "codec", ["raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits"]
+)
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+def test_tiff_of_libtiff_is_read(put, dtype, codec):
+    stored = (RAMP % 200).astype(dtype)
+    assert_pixels(put(pillow_bytes(stored, compression=codec)), stored)
+
+
+@pytest.mark.parametrize("codec", ["raw", "group4", "packbits"])
+def test_one_bit_tiff_is_zero_and_one(put, codec):
+    bits = RAMP % 3 == 0
+    assert_pixels(put(pillow_bytes(bits, compression=codec)), bits.astype(int))
+
+
+def test_min_is_white_is_turned_so_that_more_is_brighter(put):
+    for dtype, white in (("u1", 255), ("u2", 65535)):
+        stored = RAMP.astype(dtype)
+        assert_pixels(put(tiff_bytes(stored, photometric="miniswhite")), white - stored.astype(int))
+    assert_pixels(put(tiff_bytes(RAMP > 99, photometric="miniswhite")), (RAMP <= 99).astype(int))
+
+
+def test_stacks_of_pages_are_counted_in_numpys_order(put):
+    stack = CUBE.astype(np.uint16)
+    ome = {"ome": True, "metadata": {"axes": "CZYX"}}
+    imagej = {"imagej": True, "metadata": {"axes": "ZCYX"}}
+    for keywords in ({}, {"bigtiff": True}, {"compression": "zlib"}, ome, imagej):
+        path = put(tiff_bytes(stack, **keywords))
+        for plane, expected in enumerate(stack.reshape(-1, 4, 5)):
+            assert_pixels(path, expected, plane=plane)
+
+
+def test_planes_of_imagejs_single_page_stack_are_found(put):
+    stack = np.arange(3 * 20 * 24).reshape(3, 20, 24)
+    for plane in range(3):
+        assert_pixels(put(imagej_bytes(stack)), stack[plane], plane=plane)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw"])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_each_colour_is_a_plane(put, planar, compression):
+    colours = np.stack([RAMP % 251, RAMP % 241, RAMP % 239]).astype(np.uint8)
+    stored = colours if planar == "separate" else np.moveaxis(colours, 0, -1)
+    keywords = {"photometric": "rgb", "planarconfig": planar, "compression": compression}
+    for plane, expected in enumerate(colours):
+        assert_pixels(put(tiff_bytes(stored, **keywords)), expected, plane=plane)
+
+
+def test_colours_of_a_stack_count_fastest(put):
+    stack = np.arange(2 * 3 * 20 * 24).reshape(2, 3, 20, 24).astype(np.uint16)
+    path = put(tiff_bytes(np.moveaxis(stack, 1, -1), photometric="rgb"))
+    for plane, expected in enumerate(stack.reshape(-1, 20, 24)):
+        assert_pixels(path, expected, plane=plane)
+
+
+def test_tiff_axes_of_length_one_are_dropped(put):
+    stored = RAMP.astype(np.uint16)[np.newaxis, np.newaxis]
+    assert_pixels(put(tiff_bytes(stored)), RAMP)
+    assert_pixels(put(tiff_bytes(stored, ome=True, metadata={"axes": "CZYX"})), RAMP)
+    assert_pixels(put(tiff_bytes(stored, imagej=True, metadata={"axes": "ZCYX"})), RAMP)
+
+
+# Planes, and pixels without a value
+
+
+@pytest.mark.parametrize(
+    ("content", "layout"),
+    [
+        (fits_bytes(CUBE, CTYPE3="'FREQ'", CTYPE4="'STOKES'"), ("STOKES=2", "FREQ=3", "=4", "=5")),
+        (fits_bytes(CUBE), ("NAXIS4=2", "NAXIS3=3", "NAXIS2=4", "NAXIS1=5")),
+        (tiff_bytes(CUBE, ome=True, metadata={"axes": "TCYX"}), ("T=2", "C=3", "Y=4", "X=5")),
+    ],
+    ids=["named axes", "axes without names", "OME"],
+)
+@pytest.mark.parametrize("plane", [None, 6, 10**12])
+def test_no_such_plane_shows_the_axes_and_the_range(run, put, content, layout, plane):
+    options = [] if plane is None else ["--plane", plane]
+    refused(run(put(content), *options), NAME, "6 planes", "0 to 5", *layout)
+
+
+def test_plane_of_a_lone_plane_is_out_of_range(run, put):
+    refused(run(put(fits_bytes(RAMP)), "--plane", "1"), NAME, "1 plane ", "0 to 0")
+
+
+def test_plane_reaches_the_products(run, put, stars):
+    result = run(put(fits_bytes(np.stack([stars, stars[::-1]]))), "--plane", 1)
+    alone = run(put(fits_bytes(stars[::-1])))
+    assert (result.code, alone.code) == (0, 0)
+    assert len(result.catalog) == 6
+    np.testing.assert_array_equal(result.image("segmentation"), alone.image("segmentation"))
+
+
+@pytest.mark.parametrize("form", [fits_bytes, tiff_bytes])
+def test_pixels_that_are_not_finite_are_masked_and_counted(run, put, stars, form):
+    stars[50:52, 60:70] = np.nan
+    stars[2, 2], stars[3, 3] = np.inf, -np.inf
+    result = run(put(form(stars)))
+    assert result.code == 0
+    assert result.err == ""
+    assert re.search(r"\b22 pixels are not finite", result.out)
+    assert len(result.catalog) == 6
+    assert np.isfinite(result.image("background")).all()
+    assert not result.image("segmentation")[~np.isfinite(stars)].any()
+
+
+def test_blank_pixels_of_unsigned_integers_are_masked_and_counted(run, put, stars):
+    stored = np.round(stars).astype(np.int16)
+    stored[10:14, 100:105] = -32768
+    result = run(put(fits_bytes(stored, BZERO=32768, BLANK=-32768)))
+    assert "20 pixels are not finite" in result.out
+    assert len(result.catalog) == 6
+
+
+def test_an_image_without_any_value_is_refused(run, put):
+    refused(run(put(fits_bytes(np.full((20, 24), np.nan)))), NAME, "finite")
+
+
+# Files that can't be used
+
+
+WHOLE = fits_bytes(SMOOTH.astype(np.float32))
+RICE = hdus_bytes(fits.CompImageHDU(SMOOTH.astype(np.int16)))
+LINE = fits.ImageHDU(np.arange(9.0))
+NO_PIXELS = fits.Header({"XTENSION": "IMAGE", "BITPIX": 8, "NAXIS": 2, "NAXIS1": 0, "NAXIS2": 9})
+TABLE = fits.BinTableHDU.from_columns([fits.Column("x", "E", array=np.arange(3.0))], name="TAB")
+
+
+def patched_tiff(content, tag, value):
+    """Return a TIFF file with another (integer) value for one of its tags."""
+    buffer = io.BytesIO(content)
+    with tifffile.TiffFile(buffer) as tiff:
+        found = tiff.pages[0].tags[tag]
+        buffer.seek(found.valueoffset)
+        buffer.write(struct.pack("<I" if found.dtype == 4 else "<H", value))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"x y\n1 2\n", id="text"),
+        pytest.param(b"SIMPLE", id="six bytes of FITS"),
+        pytest.param(b"SIMPLE  =                    T", id="thirty bytes of FITS"),
+        pytest.param(WHOLE[:2880], id="FITS header alone"),
+        pytest.param(WHOLE[:-3000], id="truncated FITS"),
+        pytest.param(hdus_bytes(fits.ImageHDU(SMOOTH))[:-3000], id="truncated FITS extension"),
+        pytest.param(RICE[: len(RICE) - 2880], id="truncated compressed FITS"),
+        pytest.param(gzip.compress(WHOLE)[:-200], id="truncated gzip"),
+        pytest.param(bz2.compress(WHOLE)[:-200], id="truncated bzip2"),
+        pytest.param(gzip.compress(WHOLE[:-3000]), id="truncated FITS in gzip"),
+        pytest.param(gzip.compress(b"x y\n1 2\n"), id="gzip of text"),
+        pytest.param(b"\x1f\x8b\x08", id="gzip magic alone"),
+        pytest.param(gzip.compress(tiff_bytes(SMOOTH.astype("u1"))), id="gzip of TIFF"),
+        pytest.param(hdus_bytes(), id="no image"),
+        pytest.param(hdus_bytes(TABLE), id="only a table"),
+        pytest.param(hdus_bytes(LINE), id="one axis"),
+        pytest.param(NO_PIXELS.tostring().encode(), id="extension without primary"),
+        pytest.param(hdus_bytes() + NO_PIXELS.tostring().encode(), id="no pixels"),
+        pytest.param(fits_bytes(np.zeros((0, 9), "f4")), id="no rows"),
+        pytest.param(
+            fits_bytes(np.zeros((4, 9), "f4"), NAXIS1=10**6, NAXIS2=10**6), id="8 TB FITS"
+        ),
+        pytest.param(fits_bytes(np.zeros((4, 9), "f4"), NAXIS2=10**6), id="a row of a million"),
+        pytest.param(fits_bytes(np.zeros((4, 9), "f4"), NAXIS2=-4), id="negative axis"),
+        pytest.param(fits_bytes(np.zeros((4, 9), "f4"), BITPIX=17), id="impossible BITPIX"),
+        pytest.param(tiff_bytes(SMOOTH.astype("u2"))[:-900], id="truncated TIFF"),
+        pytest.param(tiff_bytes(SMOOTH.astype("u2"), compression="lzw")[:-90], id="truncated LZW"),
+        pytest.param(b"II*\0", id="TIFF magic alone"),
+        pytest.param(b"II*\0\x08\0\0\0", id="TIFF without a page"),
+        pytest.param(tiff_bytes(SMOOTH.astype("c8")), id="complex TIFF"),
+        pytest.param(patched_tiff(tiff_bytes(SMOOTH.astype("u1")), 256, 0), id="TIFF of width 0"),
+        pytest.param(patched_tiff(tiff_bytes(SMOOTH.astype("u1")), 257, 2**31), id="huge TIFF"),
+        pytest.param(patched_tiff(tiff_bytes(SMOOTH.astype("u1")), 259, 9999), id="unknown codec"),
+        pytest.param(
+            tiff_bytes(SMOOTH.astype("u1")).replace(*(struct.pack("<H", n) for n in (273, 53009))),
+            id="TIFF without offsets",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(run, put, content):
+    refused(run(put(content)), NAME)
+
+
+@pytest.mark.parametrize("option", ["--mask", "--err-file"])
+@pytest.mark.parametrize("content", [WHOLE[:-3000], b"text", tiff_bytes(SMOOTH.astype("c8"))])
+def test_a_second_image_that_cannot_be_used_is_refused_by_name(run, put, write, option, content):
+    image = write(SMOOTH)
+    noise = ["--err-option", "file"] if option == "--err-file" else []
+    refused(run(image, option, put(content), *noise), NAME)
+
+
+def test_a_directory_and_a_missing_file_are_refused(run, tmp_path):
+    refused(run(tmp_path), tmp_path, "directory")
+    refused(run(tmp_path / NAME), NAME, "No such file")
+
+
+def test_pixels_that_fail_their_checksum_in_gzip_are_refused(run, put):
+    packed = bytearray(gzip.compress(WHOLE))
+    packed[-8] ^= 1
+    refused(run(put(packed)), NAME)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress])
+def test_a_broken_extension_does_not_hang_the_search_for_an_image(put, pack):
+    broken = hdus_bytes(fits.ImageHDU(RAMP)).replace(b"XTENSION", b"XTENSI\xffN")
+    command = [sys.executable, source_extractor.__file__, put(pack(broken))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+
+
+# Properties
+
+SIZES = st.integers(2, 7)
+FITS_TYPES = ("u1", "i2", "i4", "i8", "f4", "f8")
+TIFF_TYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "f2", "f4", "f8")
+
+
+@st.composite
+def arrays(draw, dtypes):
+    """Draw an image of a type, byte order and shape, with any bits but those of NaN and inf."""
+    dtype = np.dtype(draw(st.sampled_from(dtypes))).newbyteorder(draw(st.sampled_from("<>")))
+    shape = draw(st.tuples(SIZES, SIZES))
+    size = dtype.itemsize * shape[0] * shape[1]
+    bits = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), dtype).reshape(shape)
+    return np.where(np.isfinite(bits), bits, 0).astype(dtype)
+
+
+@PROPERTY
+@given(
+    stored=arrays(FITS_TYPES),
+    ones=st.sampled_from([(), (0,), (1,), (2,), (0, 1), (0, 3), (2, 3), (0, 2, 4)]),
+    pack=st.sampled_from([bytes, gzip.compress]),
+)
+def test_any_fits_image_reads_as_its_values(put, stored, ones, pack):
+    path = put(pack(fits_bytes(np.expand_dims(stored, ones))))
+    assert_pixels(path, stored.astype(np.float64))
+
+
+@PROPERTY
+@given(
+    stored=arrays(TIFF_TYPES),
+    ones=st.integers(0, 3),
+    compression=st.sampled_from([None, "lzw", "zlib", "zstd"]),
+    tile=st.sampled_from([None, (16, 16)]),
+    bigtiff=st.booleans(),
+)
+def test_any_tiff_image_reads_as_its_values(put, stored, ones, **keywords):
+    order = "<>"[stored.dtype.byteorder == ">"]
+    content = tiff_bytes(stored[(np.newaxis,) * ones], byteorder=order, **keywords)
+    assert_pixels(put(content), stored.astype(np.float64))
+
+
+VICTIMS = {
+    "fits": fits_bytes(RAMP.astype(np.int16), BZERO=32768, BLANK=5),
+    "extension": hdus_bytes(fits.ImageHDU(RAMP.astype(np.float32), name="SCI")),
+    "gzip": gzip.compress(hdus_bytes(fits.ImageHDU(RAMP.astype(np.float32)))),
+    "rice": hdus_bytes(fits.CompImageHDU(RAMP.astype(np.int16))),
+    "hcompress": hdus_bytes(
+        fits.CompImageHDU(RAMP.astype(np.int16), compression_type="HCOMPRESS_1")
+    ),
+    "tiff": tiff_bytes(RAMP.astype(np.uint16)),
+    "lzw": tiff_bytes(RAMP.astype(np.uint16), compression="lzw", tile=(16, 16)),
+    "jpeg": tiff_bytes(RAMP.astype(np.uint8), compression="jpeg"),
+    "imagej": imagej_bytes(np.stack([RAMP, RAMP])),
+    "ome": tiff_bytes(np.stack([RAMP, RAMP]).astype(np.uint16), ome=True),
+}
+CHANGES = st.lists(st.tuples(st.integers(0, 1500) | st.integers(0, 10**5), st.integers(0, 255)))
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@settings(PROPERTY, derandomize=True)
+@given(CHANGES, st.none() | st.integers(0, 10**5))
+@example([], 7)
+def test_a_damaged_file_is_read_or_refused(put, victim, changes, length):
+    content = bytearray(VICTIMS[victim])
+    for position, byte in changes:
+        content[position % len(content)] = byte
+    result = data_or_message(put(content if length is None else content[: length % len(content)]))
+    if isinstance(result, str):
+        assert NAME in result
+        assert "\n" not in result
+    else:
+        assert result.ndim == 2
+        assert result.size
+
+
+def data_or_message(path):
+    try:
+        return read_image(path, plane=0).data
+    except InputError as error:
+        return str(error)

@@ -1,0 +1,260 @@
+"""How right the measurements are: simulated skies, measured by the tool, against what is true.
+
+    truth.py [--seed 1] [--snr 5 10 20 ...] [WORD ...]
+
+Prints a Markdown table: for each sky (only those with one of the words in their names), a row for
+each range of signal-to-noise. Exits with 1 if the pull of isolated Gaussian stars in white noise
+has not a width of 0.8 to 1.25.
+
+Rows go by the true signal-to-noise ratio: that of the best possible measurement of a source's
+flux, which weighs the pixels with the source's own profile. The columns:
+
+sources      in this range
+complete     part of them that are detected
+pure         part of the detections of this range, by their own `snr`, that are sources
+x, xwin      position error per axis, in units of FWHM / 2.355 / SNR; white noise allows a Gaussian
+             star 1.41 at the best. A galaxy's FWHM is twice its half-light radius here.
+bias         of `flux_auto`, median
+scatter      of `flux_auto`
+pull         width of (flux_auto - true flux) / fluxerr_auto
+flux_radius  over the true half-light radius, median
+fwhm         over the true one, median
+
+Errors, scatter and width are half the range of the middle 68.3 %: the standard deviation, without
+its outliers.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from astropy.io import fits
+from astropy.table import Table
+from sky import galaxies, grid_positions, random_sources, simulate, stars
+
+TOOL = Path(__file__).resolve().parent.parent / "source_extractor.py"
+
+BINS = (5, 10, 20, 50, 200, 500)
+RADIUS = 1.5  # pixels within which a detection and a source are the same
+PULL_WIDTH = (0.8, 1.25)
+PINNED = "isolated Gaussian stars"
+FWHM = 3.0
+
+
+class Sky(NamedTuple):
+    """Sources, the keywords of `simulate`, and the tool's options."""
+
+    shape: tuple[int, int]
+    sources: Table
+    conditions: dict
+    options: tuple[str, ...] = ()
+
+
+def detect(image, *options, header=None):
+    """Run the tool on an array (ny, nx); return its catalogue."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "image.fits")
+        fits.writeto(path, image, header)
+        command = [sys.executable, TOOL, path, "-o", directory, "-q", *map(str, options)]
+        subprocess.run(command, check=True)
+        return pd.read_csv(Path(directory, "catalog.tsv"), sep="\t")
+
+
+def match(catalog, truth, radius):
+    """Pair the rows that are each other's nearest, within `radius` pixels.
+
+    Returns
+    -------
+    i, j : int arrays
+        Row numbers in the one and in the other.
+    """
+    there = nearest(catalog, truth)
+    i = np.flatnonzero(nearest(truth, catalog)[there] == np.arange(len(catalog)))
+    j = there[i]
+    dx, dy = (catalog[name].to_numpy()[i] - truth[name].to_numpy()[j] for name in ("x", "y"))
+    near = np.hypot(dx, dy) <= radius
+    return i[near], j[near]
+
+
+def nearest(points, others):
+    """Return for each of the points the row number of the nearest of the others."""
+    x, y = others["x"].to_numpy(), others["y"].to_numpy()
+    places = zip(points["x"], points["y"], strict=True)
+    return np.array([np.argmin((x - px) ** 2 + (y - py) ** 2) for px, py in places], dtype=int)
+
+
+def spread(values):
+    """Return half the range of the middle 68.3 %: the standard deviation of a normal sample."""
+    low, high = np.nanpercentile(values, [15.87, 84.13]) if len(values) else (np.nan, np.nan)
+    return (high - low) / 2
+
+
+def noise_area(source):
+    """Return the number of pixels whose noise limits the flux of a source (a table of one row)."""
+    alone = source.copy()
+    alone["x"], alone["y"], alone["flux"] = 127.0, 127.0, 1.0
+    profile, _ = simulate((255, 255), alone, noise=0.0)
+    return 1 / np.sum(profile.astype(float) ** 2)
+
+
+def isolated(make, *, shape=(1536, 1536), spacing=48, seed=1, gain=None, **conditions):
+    """Make a sky of one kind of source, S/N 5 to 500, far from each other."""
+    x, y = grid_positions(shape, spacing, seed=seed)
+    noise = np.sqrt(1 + 100 / gain) if gain else 1.0
+    snr = 5 * 100 ** np.random.default_rng(seed).random(len(x))
+    flux = snr * noise * np.sqrt(noise_area(make(0.0, 0.0, 1.0)))
+    conditions = {"level": 100.0, "gain": gain, **conditions}
+    return Sky(shape, make(x, y, flux), conditions, ("--gain", gain) if gain else ())
+
+
+def crowded(pixels_per_source, *, shape=(1024, 1024), seed=1):
+    """Make a sky of stars and galaxies at random places."""
+    number = shape[0] * shape[1] // pixels_per_source
+    flux = np.array([5, 500]) * np.sqrt(noise_area(stars(0.0, 0.0, 1.0, fwhm=FWHM)))
+    sources = random_sources(shape, number, seed=seed, flux=flux, fwhm=FWHM)
+    return Sky(shape, sources, {"level": 100.0})
+
+
+def gaussian(*source):
+    return stars(*source, fwhm=FWHM)
+
+
+def moffat(*source):
+    return stars(*source, fwhm=FWHM, beta=3.0)
+
+
+def sersic(n):
+    return lambda *source: galaxies(*source, n=n, a=3.0, b=1.8, theta=0.5, fwhm=FWHM)
+
+
+SKIES = {
+    PINNED: lambda seed: isolated(gaussian, seed=seed),
+    "isolated Moffat stars (beta 3)": lambda seed: isolated(moffat, seed=seed),
+    "isolated Sersic galaxies, n = 1": lambda seed: isolated(sersic(1), seed=seed),
+    "isolated Sersic galaxies, n = 4": lambda seed: isolated(sersic(4), seed=seed),
+    "Gaussian stars, gradient of 30 times the noise across": lambda seed: isolated(
+        gaussian, seed=seed, gradient=(30.0, -15.0)
+    ),
+    "Gaussian stars, correlated noise (FWHM 2)": lambda seed: isolated(
+        gaussian, seed=seed, noise_fwhm=2.0
+    ),
+    "Gaussian stars, Poisson noise (gain 2, sky 100)": lambda seed: isolated(
+        gaussian, seed=seed, gain=2.0
+    ),
+    **{
+        f"stars and galaxies, one in {pixels} pixels": lambda seed, pixels=pixels: crowded(
+            pixels, seed=seed
+        )
+        for pixels in (2500, 1000, 400)
+    },
+}
+
+
+def observe(sky, seed):
+    """Simulate and measure a sky; return the catalogue, and the truth with its S/N."""
+    image, truth = simulate(sky.shape, sky.sources, seed=seed, **sky.conditions)
+    truth = truth.to_pandas()
+    gain, level = sky.conditions.get("gain"), sky.conditions["level"]
+    variance = 1 + level / gain if gain else 1.0
+    same = len(set(sky.sources["n"][np.isfinite(sky.sources["n"])])) < 2
+    area = noise_area(sky.sources[:1]) if same else noise_area(gaussian(0.0, 0.0, 1.0))
+    own = truth["flux"] / gain if gain else 0.0
+    truth["snr"] = truth["flux"] / np.sqrt(area * variance + own)
+    return detect(image, *sky.options), truth
+
+
+def compare(catalog, truth):
+    """Return a row for each matched source: its true S/N, and what was measured against truth.
+
+    Positions are in units of FWHM / 2.355 / SNR (a galaxy's FWHM taken as twice its half-light
+    radius, which it is for a Gaussian), sizes and `flux` relative to the true ones.
+    """
+    i, j = match(catalog, truth, RADIUS)
+    found, true = catalog.iloc[i].reset_index(drop=True), truth.iloc[j].reset_index(drop=True)
+    star = true["kind"] == "star"
+    unit = true["fwhm"].where(star, 2 * true["r50"]) / 2.355 / true["snr"]
+    pixels = np.sqrt(1 + 0.46 / (2 * true["r50"]) ** 2)  # a sum over square pixels is wider
+    return pd.DataFrame(
+        {
+            "snr": true["snr"],
+            "x": (found["x"] - true["x"]) / unit,
+            "y": (found["y"] - true["y"]) / unit,
+            "xwin": (found["xwin"] - true["x"]) / unit,
+            "ywin": (found["ywin"] - true["y"]) / unit,
+            "flux": found["flux_auto"] / true["flux"] - 1,
+            "pull": (found["flux_auto"] - true["flux"]) / found["fluxerr_auto"],
+            "flux_radius": found["flux_radius"] / (true["r50"] * pixels),
+            "fwhm": (found["fwhm"] / true["fwhm"]).where(star),
+        }
+    )
+
+
+def summarize(catalog, truth, bins=BINS):
+    """Return the table of a sky, with the columns that the head of this file explains."""
+    pairs = compare(catalog, truth)
+    real = pd.Series(False, index=catalog.index)
+    real.iloc[match(catalog, truth, RADIUS)[0]] = True
+    rows = {}
+    for low, high in zip(bins, bins[1:], strict=False):
+        within = pairs[pairs["snr"].between(low, high, inclusive="left")]
+        total = truth["snr"].between(low, high, inclusive="left").sum()
+        rows[f"{low:g}-{high:g}"] = {
+            "sources": total,
+            "complete": len(within) / total if total else np.nan,
+            "pure": real[catalog["snr"].between(low, high, inclusive="left")].mean(),
+            "x": spread(within[["x", "y"]]),
+            "xwin": spread(within[["xwin", "ywin"]]),
+            "bias": within["flux"].median(),
+            "scatter": spread(within["flux"]),
+            "pull": spread(within["pull"]),
+            "flux_radius": within["flux_radius"].median(),
+            "fwhm": within["fwhm"].median(),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+FORMATS = {
+    "sources": "{:.0f}",
+    **dict.fromkeys(("complete", "pure", "scatter"), "{:.1%}"),
+    "bias": "{:+.1%}",
+    **dict.fromkeys(("x", "xwin", "pull", "flux_radius", "fwhm"), "{:.2f}"),
+}
+
+
+def row_of(*cells):
+    """Return a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def main(argv=None):
+    """Make the skies, print their table; return 1 if the errors of the fluxes are wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only skies named like this")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--snr", type=float, nargs="+", default=BINS, help="ends of the ranges")
+    args = parser.parse_args(argv)
+    good = True
+    print(row_of("sky", "S/N", *FORMATS))
+    print("|---|---|" + "---:|" * len(FORMATS))
+    for name, make in SKIES.items():
+        if args.words and not any(word in name for word in args.words):
+            continue
+        catalog, truth = observe(make(args.seed), args.seed)
+        label = name
+        for snr, row in summarize(catalog, truth, args.snr).iterrows():
+            cells = [form.format(row[key]) for key, form in FORMATS.items()]
+            print(row_of(label, snr, *("" if "nan" in cell else cell for cell in cells)), flush=True)
+            label = ""
+        if name == PINNED:
+            width = spread(compare(catalog, truth)["pull"])
+            good = PULL_WIDTH[0] <= width <= PULL_WIDTH[1]
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
