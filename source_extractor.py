@@ -9,12 +9,18 @@ integers; masks are True where a pixel is excluded; `theta` is in radians from +
 """
 
 import argparse
+import bz2
+import gzip
+import io
 import logging
 import math
 import os
+import re
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -42,6 +48,11 @@ PROG = "source_extractor.py"
 
 log = logging.getLogger("source_extractor")
 logging.raiseExceptions = False  # a reader of stdout may go away
+
+
+def one_line(text):
+    """Return a message as one line, however it was broken."""
+    return " ".join(str(text).split())
 
 
 class InputError(Exception):
@@ -174,8 +185,11 @@ def reading(path, kind):
     except MemoryError:
         raise InputError(f"{path}: not enough memory to read this image") from None
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: damaged or unsupported {kind} file ({reason})") from error
+        reason = one_line(error) or type(error).__name__
+        raise InputError(
+            f"{path}: damaged, cut short, or no {kind} of a kind that can be read ({reason}); get "
+            "the file again"
+        ) from error
 
 
 def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
@@ -214,8 +228,11 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     else:
         raise InputError(f"{path}: neither a FITS nor a TIFF file; convert it to one of them")
     with reading(path, kind), opened(path) as stack:
-        chosen = choose_plane(stack, plane, lone_serves_all)
-        return Image(stack.cut(chosen), stack.name, stack.dtype, stack.wcs, stack.unit)
+        data = stack.cut(choose_plane(stack, plane, lone_serves_all))
+        if data.dtype.kind not in "biuf":
+            raise InputError(f"{stack.name}: pixels of type {data.dtype} are not real numbers")
+        data = data.reshape([stack.shape[axis] for axis in stack.image_axes])
+        return Image(data, stack.name, stack.dtype, stack.wcs, stack.unit)
 
 
 def choose_plane(stack, plane, lone_serves_all):
@@ -244,7 +261,7 @@ def choose_plane(stack, plane, lone_serves_all):
 def open_fits(path, hdu):
     """Open a FITS file as a `Stack`; the image axes are the last two that are longer than 1."""
     # uint=False: else astropy ignores BLANK in unsigned integers.
-    with fits.open(path, memmap=False, uint=False) as hdus:
+    with unpacked(path) as file, fits.open(file, memmap=False, uint=False) as hdus:
         chosen = find_hdu(path, hdus, hdu)
         header, shape = chosen.header, chosen.shape
         long_axes = [axis for axis, length in enumerate(shape) if length > 1]
@@ -269,6 +286,26 @@ def open_fits(path, hdu):
             wcs=celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]]),
             unit=str(header["BUNIT"]) if header.get("BUNIT") else None,
         )
+
+
+@contextmanager
+def unpacked(path):
+    """Open a file, or an unpacked copy of it that is whole and agrees with its checksum.
+
+    astropy never gets to the checksum, and may loop over a packed file that is damaged.
+    """
+    with open(path, "rb") as file:
+        packing = {b"\x1f\x8b": gzip, b"BZ": bz2}.get(file.read(2))
+        file.seek(0)
+        if packing is None:
+            yield file
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            copy = Path(directory, "unpacked")
+            with packing.open(file) as packed, copy.open("wb") as unpacked_file:
+                shutil.copyfileobj(packed, unpacked_file)
+            with copy.open("rb") as unpacked_file:
+                yield unpacked_file
 
 
 def find_hdu(path, hdus, wanted):
@@ -310,8 +347,7 @@ def celestial_wcs(path, hdus, header, axes):
             wcs = wcs.sub(axes)
         return wcs if wcs.has_celestial else None
     except Exception as error:
-        reason = " ".join(str(error).split())
-        log.warning("%s: WCS can't be used and is left out (%s)", path, reason)
+        log.warning("%s: WCS can't be used and is left out (%s)", path, one_line(error))
         return None
 
 
@@ -337,13 +373,10 @@ def open_tiff(path):
         yield Stack(str(path), list(axes), shape, image_axes, series.dtype.name, cut)
 
 
-def to_float(path, data):
+def to_float(data):
     """Return `data` as a native, contiguous, writable array: float64 where float32 would round."""
-    kind, size = data.dtype.kind, data.dtype.itemsize
-    if kind not in "biuf":
-        raise InputError(f"{path}: pixels of type {data.dtype} are not real numbers")
-    dtype = np.float64 if size > (4 if kind == "f" else 2) else np.float32
-    return np.require(data, dtype, ["C", "W"])
+    exact = 4 if data.dtype.kind == "f" else 2
+    return np.require(data, np.float64 if data.dtype.itemsize > exact else np.float32, ["C", "W"])
 
 
 @stage
@@ -356,7 +389,7 @@ def read_image(path, hdu=None, plane=None):
         float64 where the file has float64 or integers of more than 16 bits, else float32.
     """
     image = read_plane(path, hdu, plane)
-    return replace(image, data=to_float(path, image.data))
+    return replace(image, data=to_float(image.data))
 
 
 def require_shape(found, shape):
@@ -399,7 +432,7 @@ def read_noise(path, hdu, plane, kind, shape):
     ndarray, shape (ny, nx)
         Not positive, or not finite, where the file has no usable value.
     """
-    noise = to_float(path, read_aligned(path, hdu, plane, shape))
+    noise = to_float(read_aligned(path, hdu, plane, shape))
     with np.errstate(divide="ignore", invalid="ignore"):
         if kind != "stddev":
             np.sqrt(noise, out=noise)
@@ -716,6 +749,13 @@ def subtract_background(image, mask, noise, method):
     return Field(image, mask, noise, frame, method, background)
 
 
+def subtract_other(other, mask, method):
+    """Return the `Field` of an `Image` that is only measured, under the mask of the other one."""
+    with about(other.name):
+        mask = build_mask(other.data, mask, None, [])
+        return subtract_background(other.data, mask, None, method.for_another_image())
+
+
 @stage
 def estimate_background(image, mask, settings):
     """Return the `sep.Background` of an image (ny, nx), or None if SEP could use no box of it."""
@@ -830,7 +870,7 @@ def grow_limits(error, pixels):
             "--deblend-cont, or lower --deblend-nthresh"
         ) from error
     else:
-        raise InputError(f"SEP gave up: {' '.join(str(error).split())}") from error
+        raise InputError(f"SEP gave up: {one_line(error)}") from error
 
 
 def matched_depth(kernel):
@@ -931,7 +971,18 @@ def measure(field, objects, segmentation, noise, settings):
     measured["flag_auto"] = flag | kron_flag
     measured = measured.reindex(ids).reset_index(drop=True)
     measured["flag_auto"] = measured["flag_auto"].fillna(sep.APER_ALLMASKED).astype(np.int64)
+    measured["background"] = at_objects(field.level_map(), objects)
+    measured["rms"] = at_objects(field.rms_map(), objects)
     return measured
+
+
+def measuring_noise(field, noise):
+    """Return the noise that was used for detection, if any, else what `field` itself has."""
+    if noise is not None:
+        return noise
+    if field.method.err_option == "array_rms":
+        return field.background.rms()
+    return global_rms(field.background)
 
 
 def sane_shapes(objects):
@@ -945,6 +996,13 @@ def sane_shapes(objects):
     theta = np.mod(theta + np.pi / 2, np.pi) - np.pi / 2
     sane = np.isfinite(x + y + a + theta) & (b > 0)
     return *(values[sane] for values in (x, y, a, b, theta)), sane
+
+
+def at_objects(values, objects):
+    """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
+    rows, columns = (np.rint(objects[name]).astype(int) for name in ("y", "x"))
+    limits = values.shape[0] - 1, values.shape[1] - 1
+    return values[np.clip(rows, 0, limits[0]), np.clip(columns, 0, limits[1])]
 
 
 def windowed_centroids(image, labels, ids, x, y, radius):
@@ -1051,8 +1109,8 @@ COLUMNS = (
     Column("a", "pixel", "phys.size.smajAxis", "RMS of the light along the major axis"),
     Column("b", "pixel", "phys.size.sminAxis", "RMS of the light along the minor axis"),
     Column("theta", "rad", "pos.posAng", "angle of the major axis, from +x towards +y"),
-    Column("cxx", "pixel-2", "src.morph.param", "ellipse coefficient of dx²"),
-    Column("cyy", "pixel-2", "src.morph.param", "ellipse coefficient of dy²"),
+    Column("cxx", "pixel-2", "src.morph.param", "ellipse coefficient of dx^2"),
+    Column("cyy", "pixel-2", "src.morph.param", "ellipse coefficient of dy^2"),
     Column("cxy", "pixel-2", "src.morph.param", "ellipse coefficient of dx dy"),
     Column("cflux", "image", "phot.flux", "sum of the object's pixels in the filtered image"),
     Column("flux", "image", "phot.flux", "sum of the object's pixels"),
@@ -1102,13 +1160,6 @@ def catalog_columns(diameters):
     )
 
 
-def at_objects(values, objects):
-    """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
-    rows, columns = (np.rint(objects[name]).astype(int) for name in ("y", "x"))
-    limits = values.shape[0] - 1, values.shape[1] - 1
-    return values[np.clip(rows, 0, limits[0]), np.clip(columns, 0, limits[1])]
-
-
 def build_catalog(objects, frame, measured, wcs, settings):
     """Return the catalogue, a row an object, with exactly the columns that the contract has.
 
@@ -1119,7 +1170,7 @@ def build_catalog(objects, frame, measured, wcs, settings):
     frame : Frame
         The one they were found in.
     measured : DataFrame
-        What `measure` found, and the background and its RMS at the objects, in image values.
+        What `measure` found, in image values.
     wcs : WCS or None
     settings : PhotometrySettings
     """
@@ -1155,8 +1206,7 @@ def sky_positions(wcs, x, y):
             warnings.simplefilter("ignore")
             sky = wcs.pixel_to_world(x, y).icrs
     except Exception as error:  # wcslib and the frames raise many kinds
-        reason = " ".join(str(error).split())
-        log.warning("the WCS gives no sky positions: ra and dec are nan (%s)", reason)
+        log.warning("the WCS gives no sky positions: ra and dec are nan (%s)", one_line(error))
         return nowhere, nowhere
     return sky.ra.deg, sky.dec.deg
 
@@ -1166,6 +1216,7 @@ def sky_positions(wcs, x, y):
 # ---------------------------------------------------------------------------------------------
 
 SUFFIXES = {"fits": ".fits", "tiff": ".tiff"}
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -1182,23 +1233,36 @@ def staged(targets):
         Under the same names.
     """
     token = secrets.token_hex(4)
-    parts = {
-        name: target.with_name(f".{name}-{token}{target.suffix}")
-        for name, target in targets.items()
-    }
+    parts = {}
     try:
-        for name, part in parts.items():
-            targets[name].parent.mkdir(parents=True, exist_ok=True)
+        for name, target in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{name}-{token}{target.suffix}")
             part.touch(exist_ok=False)
+            parts[name] = part
         yield parts
-        for name, part in parts.items():
-            part.replace(targets[name])
+        with signals_blocked():
+            for name in list(parts):
+                parts.pop(name).replace(targets[name])
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise InputError(f"{error.filename or 'products'}: can't be written ({reason})") from error
+        reason = error.strerror or one_line(error)
+        where = error.filename or targets["catalog"].parent
+        raise InputError(
+            f"{where}: products can't be written ({reason}); free space or choose another place"
+        ) from error
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def signals_blocked():
+    """Let nothing but a SIGKILL come between."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @stage
@@ -1246,15 +1310,20 @@ def write_catalog_fits(path, catalog, columns, unit, history):
     """Write the catalogue as a FITS binary table with units, descriptions and UCDs."""
     table = Table.from_pandas(catalog)
     for column in columns:
-        table[column.name].unit = unit if column.unit == "image" else column.unit
         table[column.name].description = column.description
     table.meta["HISTORY"] = history
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a BUNIT that is no standard unit
-        hdu = fits.table_to_hdu(table)
-    for number, column in enumerate(columns, start=1):
-        hdu.header[f"TUCD{number}"] = column.ucd
-    hdu.writeto(path, overwrite=True)
+    buffer = io.BytesIO()
+    table.write(buffer, format="fits")  # with the descriptions as astropy reads them
+    buffer.seek(0)
+    with fits.open(buffer) as hdus:
+        header = hdus[1].header
+        for number, column in enumerate(columns, start=1):
+            column_unit = unit if column.unit == "image" else column.unit
+            if column_unit:
+                header[f"TUNIT{number}"] = column_unit
+            header[f"TCOMM{number}"] = column.description
+            header[f"TUCD{number}"] = column.ucd
+        hdus.writeto(path, overwrite=True)
 
 
 @stage
@@ -1437,9 +1506,6 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
 
 POSITIVE = number(float, above=0)
 
-
-POSITIVE = number(float, above=0)
-
 # The products that are always written, with their default names; images get an extension.
 ALWAYS = {
     "background": "background",
@@ -1459,8 +1525,18 @@ ON_REQUEST = {
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        # Or else argparse takes -1e-5 for an option.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
     def error(self, message):
-        self.exit(2, f"{PROG}: error: {message} (see --help)\n")
+        self.exit(2, f"{PROG}: error: {one_line(message)} (see --help)\n")
+
+
+def flag(name):
+    """Return the option that argparse stores under this name."""
+    return "--" + name.replace("_", "-")
 
 
 def add_option(group, name, kind, default, text, **keywords):
@@ -1529,7 +1605,7 @@ def build_parser():
         "--clean",
         action=argparse.BooleanOptionalAction,
         default=extraction.clean,
-        help="drop what bright neighbours make",
+        help="drop what bright neighbours make (default: on)",
     )
     add("--clean-param", POSITIVE, extraction.clean_param, "a lower value drops more")
 
@@ -1550,14 +1626,13 @@ def build_parser():
         type=Path,
         default=Path("."),
         metavar="DIR",
-        help="where products without a path of their own go; made if missing",
+        help="where products without a path of their own go; made if missing (default: .)",
     )
     for product, name in ALWAYS.items():
         text = f"default: {name}" + ("" if "." in name else ".fits or .tiff")
         group.add_argument(f"--{product}", type=Path, metavar="PATH", help=text)
     for product, text in ON_REQUEST.items():
-        option = f"--{product.replace('_', '-')}"
-        group.add_argument(option, type=Path, metavar="PATH", help=text + "; on request")
+        group.add_argument(flag(product), type=Path, metavar="PATH", help=text + "; on request")
     group.add_argument(
         "--image-format",
         choices=tuple(SUFFIXES),
@@ -1575,28 +1650,27 @@ def build_parser():
 
 def check_usage(args):
     """Return what is wrong with a combination of options, or None."""
-    for given, needed, text in (
-        (args.mask_hdu, args.mask, "--mask-hdu needs --mask"),
-        (args.err_hdu, args.err_file, "--err-hdu needs --err-file"),
-        (args.measure_hdu, args.measure_image, "--measure-hdu needs --measure-image"),
-        (args.measure_plane, args.measure_image, "--measure-plane needs --measure-image"),
-        (args.err_option == "file", args.err_file, "--err-option file needs --err-file"),
-        (args.err_file, args.err_option == "file", "--err-file needs --err-option file"),
-        (args.filter_case == "file", args.filter_file, "--filter-case file needs --filter-file"),
-        (args.filter_file, args.filter_case == "file", "--filter-file needs --filter-case file"),
+    for name, needed in (
+        ("mask_hdu", "mask"),
+        ("err_hdu", "err_file"),
+        ("measure_hdu", "measure_image"),
+        ("measure_plane", "measure_image"),
     ):
-        if given not in (None, False) and not needed:
-            return text
+        if getattr(args, name) is not None and getattr(args, needed) is None:
+            return f"{flag(name)} needs {flag(needed)}"
+    for choice, path in (("err_option", "err_file"), ("filter_case", "filter_file")):
+        if (getattr(args, choice) == "file") != (getattr(args, path) is not None):
+            return f"{flag(choice)} file and {flag(path)} need each other"
     for xmin, xmax, ymin, ymax in args.mask_box:
         if xmin > xmax or ymin > ymax:
             return f"--mask-box {xmin} {xmax} {ymin} {ymax}: the order is XMIN XMAX YMIN YMAX"
     inputs = (args.image, args.mask, args.err_file, args.filter_file, args.measure_image)
     taken = {os.path.realpath(path) for path in inputs if path}
     for product, path in product_paths(args).items():
-        option, real = f"--{product.replace('_', '-')}", os.path.realpath(path)
+        option, real = flag(product), os.path.realpath(path)
         if real in taken:
             return f"{option} {path}: another option names this file already"
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             return f"{option} {path}: not a regular file"
         taken.add(real)
     return None
@@ -1630,62 +1704,69 @@ def describe_run(args):
 def run(args):
     """Do the whole work, from the image to its products."""
     image = read_image(args.image, args.hdu, args.plane)
+    mask, noise, other = read_companions(args, image)
+    method, photometry = choose_method(args), settings_from(args, PhotometrySettings)
+    targets = product_paths(args)
+    with staged(targets) as paths:
+        with about(image.name):
+            mask = build_mask(image.data, mask, noise, args.mask_box)
+            report_image(image, mask)
+            field = subtract_background(image.data, mask, noise, method)
+            found = find_sources(field)
+            report_detections(field, found)
+        target = field if other is None else subtract_other(other, mask, method)
+        noise = measuring_noise(target, found.noise if other is None else None)
+        measured = measure(target, found.objects, found.segmentation, noise, photometry)
+        catalog = build_catalog(found.objects, field.frame, measured, image.wcs, photometry)
+        write_products(paths, args, image, field, found.segmentation, catalog)
+    for product, path in targets.items():
+        log.info("%-13s %s", product, path)
+
+
+def read_companions(args, image):
+    """Return the mask, the noise image and the image to measure on, None for what isn't given."""
     shape = image.data.shape
-    mask = args.mask and read_mask(args.mask, args.mask_hdu, args.plane, args.maskthresh, shape)
-    noise = args.err_file and read_noise(
-        args.err_file, args.err_hdu, args.plane, args.err_type, shape
-    )
-    other = args.measure_image and read_measure_image(
-        args.measure_image, args.measure_hdu, args.measure_plane, image
-    )
-    kernel = make_kernel(args.filter_case, args.filter_fwhm, args.filter_file)
-    method = Method(
-        kernel,
+    mask = noise = other = None
+    if args.mask:
+        mask = read_mask(args.mask, args.mask_hdu, args.plane, args.maskthresh, shape)
+    if args.err_file:
+        noise = read_noise(args.err_file, args.err_hdu, args.plane, args.err_type, shape)
+    if args.measure_image:
+        other = read_measure_image(args.measure_image, args.measure_hdu, args.measure_plane, image)
+    return mask, noise, other
+
+
+def choose_method(args):
+    """Return the `Method` that the options ask for."""
+    return Method(
+        make_kernel(args.filter_case, args.filter_fwhm, args.filter_file),
         args.err_option,
         args.background_passes,
         settings_from(args, BackgroundSettings),
         settings_from(args, ExtractionSettings),
     )
-    photometry = settings_from(args, PhotometrySettings)
+
+
+def write_products(paths, args, image, field, segmentation, catalog):
+    """Write the products that have a path."""
     history = describe_run(args)
-    targets = product_paths(args)
-    with staged(targets) as paths, about(image.name):
-        write = partial(write_image, form=args.image_format, wcs=image.wcs, history=history)
-        mask = build_mask(image.data, mask, noise, args.mask_box)
-        report_image(image, mask)
-        field = subtract_background(image.data, mask, noise, method)
-        found = find_sources(field)
-        report_detections(field, found)
-        write(paths["segmentation"], found.segmentation)
-
-        target, noise = field, found.noise
-        if other:
-            target = subtract_background(
-                other.data, build_mask(other.data, mask, None, []), None, method.for_another_image()
-            )
-            noise = target.background.rms() if args.err_option == "array_rms" else None
-        if noise is None:
-            noise = global_rms(target.background)
-        measured = measure(target, found.objects, found.segmentation, noise, photometry)
-        for product, make_map in (("background", Field.level_map), ("rms", Field.rms_map)):
-            values = make_map(field)
-            write(paths[product], values, unit=image.unit)
-            measured[product] = at_objects(make_map(target) if other else values, found.objects)
-
-        catalog = build_catalog(found.objects, field.frame, measured, image.wcs, photometry)
-        write_catalog(paths["catalog"], catalog)
-        draw_overlay(paths["overlay"], field, catalog)
-        if args.subtracted:
-            write(paths["subtracted"], field.frame.differences(field.residual), unit=image.unit)
-        if args.catalog_fits:
-            columns = catalog_columns(photometry.aperture_diameters)
-            write_catalog_fits(paths["catalog_fits"], catalog, columns, image.unit, history)
-        if args.regions:
-            write_regions(paths["regions"], catalog, image.wcs)
-        if args.overview:
-            draw_overview(paths["overview"], field, catalog, found.segmentation)
-    for product, path in targets.items():
-        log.info("%-13s %s", product, path)
+    write = partial(write_image, form=args.image_format, wcs=image.wcs, history=history)
+    dtype = np.float64 if image.dtype == "float64" else np.float32
+    write(paths["background"], field.level_map().astype(dtype, copy=False), unit=image.unit)
+    write(paths["rms"], field.rms_map().astype(dtype, copy=False), unit=image.unit)
+    write(paths["segmentation"], segmentation)
+    write_catalog(paths["catalog"], catalog)
+    draw_overlay(paths["overlay"], field, catalog)
+    if "subtracted" in paths:
+        residual = field.frame.differences(field.residual)
+        write(paths["subtracted"], residual, unit=image.unit)
+    if "catalog_fits" in paths:
+        columns = catalog_columns(args.aperture_diameters)
+        write_catalog_fits(paths["catalog_fits"], catalog, columns, image.unit, history)
+    if "regions" in paths:
+        write_regions(paths["regions"], catalog, image.wcs)
+    if "overview" in paths:
+        draw_overview(paths["overview"], field, catalog, segmentation)
 
 
 def report_image(image, mask):
@@ -1729,6 +1810,9 @@ def warn_of_depth(method):
 
 def start_logging(args):
     """Send reports to stdout and warnings, each in one line, to stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of names that are no text
     reports, warnings_ = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     reports.addFilter(lambda record: record.levelno < logging.WARNING)
     warnings_.setLevel(logging.WARNING)
@@ -1752,12 +1836,13 @@ def main(argv=None):
     if problem:
         parser.error(problem)
     start_logging(args)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for signum in STOPS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signum, stop)
     try:
         run(args)
     except InputError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
+        print(f"{PROG}: error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,7 +1,6 @@
 """Background, noise and detection: exactly SEP's own results, and none of its traps."""
 
 import re
-from math import erf, log, pi, sqrt
 
 import numpy as np
 import pandas as pd
@@ -28,9 +27,7 @@ SMALL = (120, 160)
 def field():
     """Return a float32 image of crowded stars and galaxies on a gradient, noise 2 and Poisson."""
     sources = random_sources((150, 200), 120, seed=3, flux=(100, 2e4))
-    image, _ = simulate(
-        (150, 200), sources, seed=4, level=50, gradient=(20, 10), noise=2, noise_fwhm=0, gain=2
-    )
+    image, _ = simulate((150, 200), sources, seed=4, level=50, gradient=(20, 10), noise=2, gain=2)
     return image
 
 
@@ -159,7 +156,6 @@ def test_masked_products_are_those_of_sep(run, write, field, holes, option, dtyp
     paths = write(image), "--mask", write(holes.astype(np.uint8), "mask.fits")
     result = run(*paths, "--err-option", option, "--thresh", 4)
     assert_same(result, direct(image, mask=holes, noise=option, thresh=4.0))
-    assert not result.image("segmentation")[holes].any()
 
 
 @pytest.mark.parametrize("kind", ["stddev", "variance", "weight"])
@@ -221,26 +217,6 @@ def test_made_kernel_filters_as_in_sep(run, write, field, case, fwhm):
     assert_same(run(write(field), "--filter-case", case, "--filter-fwhm", fwhm), expected)
 
 
-@pytest.mark.parametrize("fwhm", [1.2, 2.0, 3.3, 6.0])
-def test_gaussian_kernel_is_a_gaussian_averaged_over_each_pixel(fwhm):
-    kernel = source_extractor.make_kernel("gaussian", fwhm, None)
-    scale = 2 * sqrt(log(2)) / fwhm
-    edges = np.arange(len(kernel) + 1) - len(kernel) / 2
-    profile = np.diff([erf(scale * edge) for edge in edges])
-    expected = np.outer(profile, profile) / profile.sum() ** 2
-    np.testing.assert_allclose(kernel / kernel.sum(), expected, rtol=5e-3)
-    assert len(kernel) >= 3 * fwhm
-
-
-@pytest.mark.parametrize("diameter", [1.0, 2.0, 3.0, 5.5])
-def test_tophat_kernel_is_flat_and_has_the_area_of_its_circle(diameter):
-    kernel = source_extractor.make_kernel("tophat", diameter, None)
-    assert kernel.sum() == pytest.approx(pi * diameter**2 / 4, rel=0.02)
-    assert kernel.max() <= 1
-    np.testing.assert_array_equal(kernel, kernel.T)
-    np.testing.assert_array_equal(kernel, kernel[::-1])
-
-
 @pytest.mark.parametrize("options", ["", "--no-clean --minarea 1", "--err-option array_rms"])
 def test_map_has_as_many_pixels_of_each_label_as_the_catalogue_says(run, write, field, options):
     result = run(write(field), *options.split())
@@ -290,12 +266,10 @@ def test_numbers_out_of_bounds_are_wrong_usage(run, write, stars, option, value)
     assert_one_error(run(write(stars), f"{option}={value}"), 2, option)
 
 
-@pytest.mark.parametrize("options", ["--bw {0}", "--bh {0}", "--bw {0} --bh {0}"])
-@pytest.mark.parametrize("size", [10**6, 10**9, 2**31 - 1])
-def test_boxes_of_any_size_beyond_the_image_are_one_box(run, write, stars, options, size):
-    result = run(write(stars), *options.format(size).split())
-    mesh = {name: 160 for name in ("bw", "bh") if name in options}
-    assert_same(result, direct(stars, mesh=mesh))
+@pytest.mark.parametrize("name", ["bw", "bh"])
+@pytest.mark.parametrize("size", [10**6, 2**31 - 1])
+def test_boxes_of_any_size_beyond_the_image_are_one_box(run, write, stars, name, size):
+    assert_same(run(write(stars), f"--{name}", size), direct(stars, mesh={name: 160}))
 
 
 @pytest.mark.parametrize("option", ["--bw", "--bh", "--fw", "--fh"])
@@ -303,26 +277,6 @@ def test_sizes_beyond_any_integer_end_in_good_order(run, write, stars, option):
     result = run(write(stars), option, 2**70 + 1)
     if result.code != 0:
         assert_one_error(result, 2, option)
-
-
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("", "kernel"),
-        ("# only a comment\n", "kernel"),
-        ("0 0 0\n0 0 0\n0 0 0\n", "zero"),
-        ("1 1 1\n1 nan 1\n1 1 1\n", "finite"),
-        ("1 1 1\n1 inf 1\n1 1 1\n", "finite"),
-        ("1 1\n1 1\n", "odd"),
-        ("1 1 1\n1 1 1\n", "odd"),
-        ("1 2 1\n2 4\n", "rows"),
-    ],
-)
-def test_kernels_that_sep_misunderstands_are_refused(run, write, stars, tmp_path, text, word):
-    path = tmp_path / "kernel.txt"
-    path.write_text(text)
-    result = run(write(stars), "--filter-case", "file", "--filter-file", path)
-    assert_one_error(result, 1, "kernel.txt", word)
 
 
 INTEGERS = ["u1", "i1", "i2", "u2", "i4", "u4", "i8"]
@@ -336,25 +290,10 @@ def test_any_pixel_type_gives_the_products_of_the_same_floats(run, tmp_path, sta
     assert_same(run(tmp_path / "image.tiff"), direct(stored.astype(exact)))
 
 
-@pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "f2", "f4", "f8", "?"])
-def test_any_mask_type_masks_the_same(run, write, tmp_path, stars, dtype):
-    mask = np.zeros(stars.shape, dtype)
-    mask[25:36, 34:47] = 1
-    tifffile.imwrite(tmp_path / "mask.tiff", mask)
-    expected = direct(stars, mask=mask.astype(bool))
-    assert_same(run(write(stars), "--mask", tmp_path / "mask.tiff"), expected)
-
-
-def test_nan_in_a_float_mask_is_masked_in_background_and_extraction(run, write, stars):
-    mask = np.zeros(stars.shape, np.float32)
-    mask[25:36, 34:47] = np.nan
-    expected = direct(stars, mask=np.isnan(mask))
-    assert_same(run(write(stars), "--mask", write(mask, "mask.fits")), expected)
-    assert len(expected[2]) == 5
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("option", ["float_globalrms", "array_rms", "none"])
+@pytest.mark.parametrize(
+    ("bad", "option"),
+    [(np.nan, "float_globalrms"), (np.inf, "array_rms"), (-np.inf, "none"), (np.nan, "array_rms")],
+)
 def test_pixels_that_are_not_finite_are_masked_by_themselves(run, write, stars, bad, option):
     image = stars.copy()
     hole = np.zeros(stars.shape, bool)
@@ -376,9 +315,8 @@ def test_border_of_nan_does_not_change_the_sources_inside(run, write, stars, bor
     np.testing.assert_allclose(found.flux, inside.flux, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [1e6, np.nan, np.inf])
+@pytest.mark.parametrize(("bad", "width"), [(1e6, 3), (1e6, 7), (np.nan, 7)])
 @pytest.mark.parametrize("option", ["float_globalrms", "array_rms", "none"])
-@pytest.mark.parametrize("width", [3, 7])
 def test_masked_pixels_in_the_first_rows_are_not_detected(
     run, write, tmp_path, stars, bad, option, width
 ):
@@ -418,12 +356,13 @@ def test_masked_pixels_in_the_first_rows_keep_their_value_in_the_subtracted_imag
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["float_globalrms", "array_rms", "none"])
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(
+    "options", ["", "--err-option array_rms", "--err-option none", "--background-passes 2"]
+)
 @pytest.mark.parametrize(("value", "dtype"), [(0, "f4"), (7.3, "f4"), (-1e20, "f8"), (9, "i2")])
-def test_constant_image_has_no_noise_and_no_sources(run, write, option, passes, value, dtype):
-    image = np.full(SMALL, value, dtype)
-    result = run(write(image), "--err-option", option, "--background-passes", passes)
+def test_constant_image_has_no_noise_and_no_sources(run, write, options, value, dtype):
+    image = np.full((40, 50), value, dtype)
+    result = run(write(image), *options.split())
     assert table(result).empty
     assert "warning" in result.err
     assert not result.image("segmentation").any()
@@ -480,24 +419,24 @@ def test_some_box_needs_half_of_its_pixels_for_a_background(run, write, stars, r
         mask[: rows + 1] = True
         expected = sep.Background(stars, mask=mask, bw=160, bh=120)
         np.testing.assert_array_equal(result.image("background"), expected.back())
-        assert len(table(result)) == 2
+        assert table(result).ymin.min() >= 59
+        assert len(table(result)) == 3
     else:
         assert_one_error(result, 1, "image.fits", "--bw", "--bh")
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (2, 2), (3, 3), (1, 5), (5, 2)])
-@pytest.mark.parametrize("options", ["", "--err-option array_rms", "--background-passes 2"])
-def test_tiny_images_are_worked_on(run, write, tmp_path, shape, options):
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (2, 2), (5, 2)])
+@pytest.mark.parametrize("options", ["", "--err-option array_rms --background-passes 2"])
+@pytest.mark.parametrize("size", [3, 33])
+def test_images_smaller_than_the_kernel_are_worked_on(run, write, tmp_path, shape, options, size):
     image = np.random.default_rng(1).normal(10, 1, shape).astype(np.float32)
-    np.savetxt(tmp_path / "kernel.txt", np.ones((31, 33)))
+    np.savetxt(tmp_path / "kernel.txt", np.ones((size, size)))
     filtering = "--filter-case", "file", "--filter-file", tmp_path / "kernel.txt"
-    for arguments in (options.split(), (*options.split(), *filtering)):
-        path = write(image, f"image{len(arguments)}.fits")
-        result = run(path, *arguments, "--minarea", 1)
-        assert result.code == 0
-        for product in ("background", "rms", "segmentation"):
-            assert result.image(product).shape == shape
-            assert np.isfinite(result.image(product)).all()
+    result = run(write(image), *filtering, *options.split(), "--minarea", 1)
+    assert result.code == 0
+    for product in ("background", "rms", "segmentation"):
+        assert result.image(product).shape == shape
+        assert np.isfinite(result.image(product)).all()
 
 
 def test_bright_pixel_of_a_single_row_is_found(run, write):
@@ -552,12 +491,6 @@ def test_more_sub_objects_than_sep_s_limit_are_deblended(run, write, large_limit
     assert len(expected[2]) == 34**2
 
 
-def test_limits_grow_silently_without_v(run, write):
-    result = run(write(crowd(34, 6, 64)), *CROWD_OPTIONS.split())
-    assert len(table(result)) == 34**2
-    assert "grown" not in result.out + result.err
-
-
 # ---------------------------------------------------------------------------------------------
 # Scales and pedestals that float32 can't take
 # ---------------------------------------------------------------------------------------------
@@ -569,13 +502,9 @@ def test_limits_grow_silently_without_v(run, write):
     [
         (1e-20, 0, np.float32),
         (1e20, 0, np.float32),
-        (1e-20, 0, np.float64),
-        (1e20, 0, np.float64),
         (1e150, 0, np.float64),
         (1, 1e7, np.float64),
-        (1, -1e7, np.float64),
-        (1e-20, 1e7, np.float64),
-        (1e25, 1e7, np.float64),
+        (1e-20, -1e7, np.float64),
     ],
 )
 def test_scale_and_pedestal_do_not_matter(run, write, stars, option, factor, pedestal, dtype):
@@ -607,18 +536,18 @@ def test_scale_and_pedestal_do_not_matter(run, write, stars, option, factor, ped
 
 
 def test_second_pass_takes_a_big_galaxy_and_a_bright_star_out_of_the_background(run, write):
-    shape = (256, 256)
     sources = vstack(
-        [galaxies(90, 140, 3e5, n=1, a=16, b=12, theta=0.4), stars(200, 60, 2e5, fwhm=5, beta=3)]
+        [galaxies(100, 140, 5e5, a=40, b=30, theta=0.4), stars(205, 50, 5e5, fwhm=5, beta=3)]
     )
-    image, _ = simulate(shape, sources, seed=6, level=100, gradient=(2, 0), noise=1)
-    truth, _ = simulate(shape, sources[:0], level=100, gradient=(2, 0), noise=0)
-    path = write(image)
-    once = run(path, "--background-passes", 1).image("background")
-    twice = run(path, "--background-passes", 2).image("background")
+    sky = {"level": 100, "gradient": (0.2, 0)}
+    path = write(simulate((256, 256), sources, seed=6, noise=1, **sky)[0])
+    truth, _ = simulate((256, 256), sources[:0], noise=0, **sky)
+    mesh = "--bw", 32, "--bh", 32
+    once = run(path, *mesh).image("background")
+    twice = run(path, *mesh, "--background-passes", 2).image("background")
     assert np.ptp(twice) < np.ptp(once) / 5
     assert np.abs(twice - truth).max() < np.abs(once - truth).max() / 5
-    assert np.sqrt(np.mean((twice - truth) ** 2)) < 0.5
+    assert np.std(twice - truth) < np.std(once - truth) / 5
 
 
 def test_second_pass_of_empty_sky_changes_nothing(run, write):
@@ -654,14 +583,14 @@ def test_second_pass_respects_the_mask(run, write, stars):
 # How deep a noise image goes with a matched filter
 # ---------------------------------------------------------------------------------------------
 
-DEEPER = re.compile(r"warning: .* detects ([\d.]+) times fainter.*--thresh ([\d.]+) would reach")
+DEEPER = re.compile(r"warning: .* detects ([\d.]+) times fainter.*; --thresh ([\d.]+) ")
 
 
 @pytest.mark.parametrize(
     "kernel", [DEFAULT_KERNEL, np.ones((3, 3)), np.array([[0, 1, 0], [1, -2, 1], [0, 3, 0]])]
 )
 def test_matched_filter_says_truly_how_much_deeper_it_goes(run, write, tmp_path, kernel):
-    noise = np.random.default_rng(8).normal(0, 1, (400, 400)).astype(np.float32)
+    noise = np.random.default_rng(8).normal(0, 1, (256, 256)).astype(np.float32)
     np.savetxt(tmp_path / "kernel.txt", kernel)
     path = write(noise)
     options = "--filter-case file --minarea 1 --deblend-nthresh 1 --no-clean --bw 400 --bh 400"
@@ -718,7 +647,7 @@ SETTINGS = {
     "--clean-param": st.floats(5e-324, 1e308),
 }
 BOUNDED = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -22,23 +22,13 @@ import source_extractor
 
 DATA = Path(__file__).parent.parent / "test-data"
 
-DETECTION = (
+CONTRACT = (
     "id thresh npix tnpix xmin xmax ymin ymax x y x2 y2 xy errx2 erry2 errxy a b theta cxx cyy cxy "
-    "cflux flux cpeak peak xcpeak ycpeak xpeak ypeak flag"
-).split()
-MEASUREMENT = (
+    "cflux flux cpeak peak xcpeak ycpeak xpeak ypeak flag",
     "ra dec elongation fwhm background rms kron_radius flux_auto fluxerr_auto mag_auto magerr_auto "
-    "snr flux_radius xwin ywin flag_auto"
-).split()
-PHOTOMETRY = [
-    "kron_radius",
-    "flux_auto",
-    "fluxerr_auto",
-    "flux_radius",
-    "xwin",
-    "ywin",
-    "flag_auto",
-]
+    "snr flux_radius xwin ywin flag_auto",
+)
+DETECTION, MEASUREMENT = (names.split() for names in CONTRACT)
 DIAMETERS = (5, 7.5, 16)
 
 TRUNCATED, HAS_MASKED, ALL_MASKED, NONPOSITIVE = 16, 32, 64, 128
@@ -89,7 +79,7 @@ def noise_alone(path, image):
         (fits_without_wcs, ["--err-option", "none", "--thresh", 5]),
         (fits_without_wcs, ["--err-option", "array_rms", "--gain", 2, "--zeropoint", 25]),
     ],
-    ids="wcs no-wcs tiff no-sources constant absolute array".split(),
+    ids=["wcs", "no-wcs", "tiff", "no-sources", "constant", "absolute", "array"],
 )
 def test_the_columns_are_the_same_whatever_the_input(run, tmp_path, stars, write_input, options):
     write_input(tmp_path / "image", stars)
@@ -196,12 +186,15 @@ def elliptical_radius(source, shape):
 def circle(source, diameter, shape, subpixels=5):
     """Return the part of each pixel in a circle, counted on a grid of subpixels."""
     offsets = (np.arange(subpixels) + 0.5) / subpixels - 0.5
-    dy, dx = (
-        np.add.outer(np.arange(size) - centre, offsets).ravel()
+    rows, columns = (
+        np.flatnonzero(np.abs(np.arange(size) - centre) < diameter / 2 + 1)
         for size, centre in zip(shape, (source.y, source.x), strict=True)
     )
-    inside = np.hypot(dx, dy[:, np.newaxis]) < diameter / 2
-    return inside.reshape(shape[0], subpixels, shape[1], subpixels).mean(axis=(1, 3))
+    dy, dx = np.add.outer(rows - source.y, offsets), np.add.outer(columns - source.x, offsets)
+    weight = np.zeros(shape)
+    inside = np.add.outer(dy**2, dx**2) < diameter**2 / 4
+    weight[np.ix_(rows, columns)] = inside.mean(axis=(1, 3))
+    return weight
 
 
 def own_or_sky(segmentation, source):
@@ -278,7 +271,7 @@ def test_half_of_auto_falls_within_flux_radius(measured):
     for source in sized.itertuples():
         weight = circle(source, 2 * source.flux_radius, measured.residual.shape)
         weight *= own_or_sky(measured.segmentation, source)
-        assert np.sum(weight * measured.residual) == pytest.approx(source.flux_auto / 2, rel=0.02)
+        assert np.sum(weight * measured.residual) == pytest.approx(source.flux_auto / 2, rel=0.05)
 
 
 def test_auto_is_seps_with_sextractors_recipe(measured):
@@ -340,10 +333,27 @@ def test_pixels_without_noise_are_left_out_of_the_fluxes(run, write, stars):
     options = ("--err-option", "file", "--err-type", "weight", "--thresh", 5)
     options += ("--err-file", write(weight, "weight.fits"), "--aperture-diameters", 12)
     clean = run(write(stars), *options).catalog
-    source = nearest(clean, [80], [60]).iloc[0]
-    assert source["flag_auto"] & HAS_MASKED
-    assert 10 < source["fluxerr_auto"] < 15
+    source = next(nearest(clean, [80], [60]).itertuples())
+    assert source.flag_auto & HAS_MASKED
+    assert 10 < source.fluxerr_auto < 15
     assert_array_equal(run(write(hot, "hot.fits"), *options).catalog, clean)
+
+
+@pytest.mark.parametrize("measured_on", ["itself", "a copy"])
+def test_errors_are_finite_beside_pixels_without_a_measured_noise(run, write, measured_on):
+    shape = (256, 256)
+    x, y = [98.0, 132.0, 200.0], [60.0, 60.0, 200.0]
+    image, _ = simulate(shape, star_table(x, y, 5e4), noise=0.0)
+    image[:, 130:] += np.random.default_rng(7).normal(0, 1, (256, 126))
+    path = write(image)
+    options = ("--err-option", "array_rms", "--thresh", 5, "--aperture-diameters", 10)
+    if measured_on == "a copy":
+        options += ("--measure-image", path)
+    result = run(path, *options)
+    assert (result.image("rms")[60, 90:98] <= 0).any()
+    catalog = nearest(result.catalog, x, y)
+    assert np.isfinite(catalog[["fluxerr_auto", "fluxerr_aper_10", "magerr_auto"]]).all(axis=None)
+    assert (catalog["fluxerr_aper_10"] < math.sqrt(79) * 1.2).all()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -404,16 +414,16 @@ def test_isolated_sources_have_no_flag(isolated):
 def test_windowed_centroids_do_not_run_away_to_a_bright_neighbour(run, write):
     shape = (160, 160)
     x, y = grid_positions(shape, 40, seed=3)
-    sources = vstack([star_table(x, y, 2e5), star_table(x + 7.0, y + 3.0, 1500.0)])
-    image, _ = simulate(shape, sources, seed=4, level=100.0, noise=1.0)
-    faint = nearest(run(write(image), "--thresh", 5).catalog, x + 7.0, y + 3.0)
-    sigma = 2 / 2.35 * faint["flux_radius"].to_numpy()
-    plain = sep.winpos(image - 100, faint["x"].to_numpy(), faint["y"].to_numpy(), sigma)
-    assert np.median(np.hypot(plain[0] - x - 7, plain[1] - y - 3)) > 3
-    assert faint["xwin"].notna().sum() > len(x) / 2
-    offset = np.hypot(faint["xwin"] - x - 7, faint["ywin"] - y - 3)
-    assert offset.median() < 0.5
-    assert offset.max() < 2
+    bright, faint = star_table(x, y, 2e4), star_table(x + 4.8, y + 3.6, 1500.0)
+    image, _ = simulate(shape, vstack([bright, faint]), seed=4, level=100.0, noise=1.0)
+    options = ("--thresh", 5, "--deblend-cont", 1e-4, "--filter-case", "none")
+    catalog = run(write(image), *options).catalog
+    found = nearest(catalog, faint["x"].data, faint["y"].data)
+    sigma = 2 / 2.35 * found["flux_radius"].to_numpy()
+    plain_x, plain_y, _ = sep.winpos(image - 100, found["x"], found["y"], sigma)
+    assert np.median(np.hypot(plain_x - faint["x"], plain_y - faint["y"])) > 3
+    assert np.hypot(found["xwin"] - faint["x"], found["ywin"] - faint["y"]).max() < 0.5
+    assert found["xwin"].notna().all()
 
 
 def test_a_galaxys_shape_is_measured_along_its_axis(run, write):
@@ -432,6 +442,8 @@ def test_a_galaxys_shape_is_measured_along_its_axis(run, write):
 # ---------------------------------------------------------------------------------------------
 
 SETTINGS = source_extractor.PhotometrySettings(aperture_diameters=(6.0,))
+PHOTOMETRY = ["kron_radius", "flux_auto", "fluxerr_auto", "flux_radius", "xwin", "ywin"]
+PHOTOMETRY += ["flux_aper_6", "fluxerr_aper_6"]
 
 
 def measure(field, objects, segmentation, noise=1.0, settings=SETTINGS):
@@ -493,7 +505,7 @@ def test_a_source_that_cannot_be_measured_is_nan_and_spoils_no_other(found, shap
         objects[name][3] = value
     measured = measure(found.field, objects, found.segmentation)
     assert_same_rows(measured, found.reference, measured.index != 3)
-    assert measured.drop(columns="flag_auto").loc[3].isna().all()
+    assert measured.loc[3, PHOTOMETRY].isna().all()
     assert measured["flag_auto"][3] & ALL_MASKED
 
 
@@ -544,7 +556,7 @@ def test_a_fully_masked_source_is_nan(found):
         found.field, mask=near, residual=np.where(near, np.float32(np.nan), found.field.residual)
     )
     measured = measure(field, found.objects, found.segmentation)
-    assert measured.drop(columns="flag_auto").loc[3].isna().all()
+    assert measured.loc[3, PHOTOMETRY].isna().all()
     assert measured["flag_auto"][3] & ALL_MASKED
     far = np.hypot(found.objects["x"] - star["x"], found.objects["y"] - star["y"]) > 100
     assert far.sum() > 5
@@ -571,7 +583,7 @@ def test_what_is_under_the_mask_does_not_matter(found, value):
         for v in (0, value)
     )
     one = measure(zero, found.objects, found.segmentation)
-    assert ((one["flag_auto"] & HAS_MASKED) > (found.reference["flag_auto"] & HAS_MASKED)).any()
+    assert (one["flux_auto"] != found.reference["flux_auto"]).any()
     pd.testing.assert_frame_equal(
         one, measure(other, found.objects, found.segmentation), check_exact=True
     )
@@ -744,7 +756,7 @@ def read_text(result):
         ["--background-passes", 2],
         ["--mask-box", 70, 84, 50, 64],
     ],
-    ids="plain array gain passes mask".split(),
+    ids=["plain", "array", "gain", "passes", "mask"],
 )
 def test_measuring_on_a_copy_changes_nothing(run, write, stars, options):
     image = write(stars)
@@ -807,16 +819,14 @@ def test_missing_pixels_of_the_measured_image_cost_only_themselves(run, write, s
     alone = run(image).catalog
     catalog = run(image, "--measure-image", write(other, "other.fits")).catalog
     assert_array_equal(catalog[DETECTION], alone[DETECTION])
-    part, lost, whole = (
-        nearest(catalog, [x], [y]).iloc[0] for x, y in ((80, 60), (40, 30), (120, 100))
-    )
-    assert part["flag_auto"] & HAS_MASKED
-    assert 0.5 < part["flux_auto"] / whole["flux_auto"] < 1
-    assert np.isfinite(part[PHOTOMETRY]).all()
-    assert lost["flag_auto"] & ALL_MASKED
-    assert lost[["flux_auto", "fluxerr_auto", "mag_auto", "snr", "xwin"]].isna().all()
-    assert whole["flag_auto"] == 0
-    assert whole["flux_auto"] == pytest.approx(1005, rel=0.05)
+    part, lost, whole = nearest(catalog, [80, 40, 120], [60, 30, 100]).itertuples()
+    assert part.flag_auto & HAS_MASKED
+    assert 0.5 < part.flux_auto / whole.flux_auto < 1
+    assert np.isfinite([part.fluxerr_auto, part.mag_auto, part.flux_radius, part.xwin]).all()
+    assert lost.flag_auto & ALL_MASKED
+    assert np.isnan([lost.flux_auto, lost.fluxerr_auto, lost.mag_auto, lost.snr, lost.xwin]).all()
+    assert whole.flag_auto == 0
+    assert whole.flux_auto == pytest.approx(1005, rel=0.05)
 
 
 def test_another_shape_is_refused_with_both(run, write, stars):

@@ -723,7 +723,11 @@ def test_the_overview_has_four_panels_with_colour_bars(run, write, tmp_path):
         assert not is_red(panel).any()
     assert count(segmentation, 0, 0, 0) > 0.2 * height * width
     coloured = Counter(map(tuple, segmentation[np.ptp(segmentation, axis=2) > 0.05]))
-    assert len([colour for colour, pixels in coloured.items() if pixels > 300]) == 2
+    labels = []
+    for colour in (np.array(colour) for colour, pixels in coloured.items() if pixels > 300):
+        if all(np.abs(colour - label).max() > 0.05 for label in labels):
+            labels.append(colour)
+    assert len(labels) == 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -736,12 +740,11 @@ def test_two_runs_give_the_same_bytes(nine, tmp_path):
     assert tree(tmp_path) == tree(nine)
 
 
-def test_two_runs_give_the_same_bytes_in_tiff_and_gzip(write, stars, tmp_path):
+def test_two_runs_give_the_same_bytes_in_tiff(write, stars, tmp_path):
     image = write(stars)
     for name in ("once", "again"):
         directory = tmp_path / name
-        compressed = ("--rms", directory / "rms.fits.gz")
-        extract(image, "-o", directory, "--background", directory / "background.tif", *compressed)
+        extract(image, "-o", directory, "--image-format", "tiff")
     assert tree(tmp_path / "once") == tree(tmp_path / "again")
 
 
@@ -804,6 +807,11 @@ FAILURES = {
     "target is the image by another name": (2, ["--subtracted", "folder/../image.fits"]),
     "target is a link to the image": (2, ["--rms", "link.fits"]),
     "target is the mask": (2, ["--mask", "small.fits", "--regions", "small.fits"]),
+    "target is the kernel": (
+        2,
+        ["--filter-case", "file", "--filter-file", "note.txt", "--regions", "note.txt"],
+    ),
+    "target is the measured image": (2, ["--measure-image", "small.fits", "--rms", "small.fits"]),
     "two products in one file": (2, ["--catalog", "x.tsv", "--overlay", "./x.tsv"]),
     "two products by default in one file": (2, ["--overlay", "results/catalog.tsv"]),
     "target below a file": (1, ["--catalog", "note.txt/catalog.tsv"]),
@@ -932,5 +940,5 @@ def test_a_full_disk_costs_one_line_and_leaves_everything_as_it_was(
     with largest_file(size):
         result = run(image, "-q", "--catalog", old / "catalog.tsv", *options)
     assert result.code == 1
-    assert re.fullmatch(r"source_extractor\.py: error: .*(products|results)/.+\n", result.err)
+    assert re.fullmatch(r"source_extractor\.py: error: .*(products|results): .+\n", result.err)
     assert tree(tmp_path) == before

@@ -28,6 +28,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,7 +201,7 @@ def summarize(catalog, truth, bins=BINS):
     real = pd.Series(False, index=catalog.index)
     real.iloc[match(catalog, truth, RADIUS)[0]] = True
     rows = {}
-    for low, high in zip(bins, bins[1:], strict=False):
+    for low, high in pairwise(bins):
         within = pairs[pairs["snr"].between(low, high, inclusive="left")]
         total = truth["snr"].between(low, high, inclusive="left").sum()
         rows[f"{low:g}-{high:g}"] = {
@@ -248,7 +249,9 @@ def main(argv=None):
         label = name
         for snr, row in summarize(catalog, truth, args.snr).iterrows():
             cells = [form.format(row[key]) for key, form in FORMATS.items()]
-            print(row_of(label, snr, *("" if "nan" in cell else cell for cell in cells)), flush=True)
+            print(
+                row_of(label, snr, *("" if "nan" in cell else cell for cell in cells)), flush=True
+            )
             label = ""
         if name == PINNED:
             width = spread(compare(catalog, truth)["pull"])

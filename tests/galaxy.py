@@ -1,0 +1,393 @@
+"""Test the tool in a real Galaxy that is started for the occasion and leaves nothing behind.
+
+    python tests/galaxy.py            # lint and test the tool and the workflows
+    python tests/galaxy.py --serve    # only start the Galaxy, to look at it in a browser
+
+Galaxy comes from its PyPI packages, installed beside the tool's own dependencies: jobs run in that
+same environment, without conda. A Celery worker finishes uploads and jobs, because otherwise each
+of them would import Galaxy anew, which takes half a minute.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import indent
+from xml.sax.saxutils import quoteattr
+
+import psutil
+import yaml
+from bioblend import ConnectionError as BioblendConnectionError
+from bioblend.galaxy import GalaxyInstance
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOL = ROOT / "source_extractor.xml"
+WORKFLOWS = ROOT / "workflows"
+SCRIPTS = Path(sys.executable).parent
+
+ADMIN_EMAIL = "admin@example.org"
+START_TIMEOUT = 300
+STOP_TIMEOUT = 15
+TEST_TIMEOUT = 300
+
+# The queue is a database because Kombu's file system transport may read a message before it is
+# written, which ends the worker. No setting tells the database transport to look more often.
+WORKER = """
+from kombu.transport.sqlalchemy import Transport
+Transport.polling_interval = 0.1
+from galaxy.celery import celery_app
+celery_app.worker_main(
+    ["worker", "--concurrency=2", "--pool=threads", "--queues=galaxy.internal,galaxy.external"]
+)
+"""
+
+# Checks that need the network, and one that depends on what the clone's directory is called.
+LINT_SKIP = ("BioToolsValid",)
+SHED_LINT_SKIP = (*LINT_SKIP, "version_bumped", "shed_remote_repository_url")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether a check passed, and what there is to say about it if it did not."""
+
+    name: str
+    passed: bool
+    report: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Galaxy:
+    """A running Galaxy.
+
+    Attributes
+    ----------
+    url : str
+        Its address, on the loopback interface.
+    admin_key, user_key : str
+        API keys of the administrator, and of a user who is one too.
+    directory : Path
+        Where it keeps everything; gone when it has stopped.
+    environment : dict of str to str
+        Environment for processes that work with it; their home is in `directory`.
+    """
+
+    url: str
+    admin_key: str
+    user_key: str
+    directory: Path
+    environment: dict[str, str]
+
+
+@contextmanager
+def running_galaxy(tools: Iterable[Path] = (TOOL,)) -> Iterator[Galaxy]:
+    """Start a Galaxy that serves some tools, and stop and delete it at the end.
+
+    Parameters
+    ----------
+    tools : iterable of Path
+        Tool XML files.
+
+    Yields
+    ------
+    Galaxy
+        Ready to run jobs.
+
+    Raises
+    ------
+    RuntimeError
+        If Galaxy does not start; with the end of its log.
+    """
+    with _exit_on_signals(), TemporaryDirectory(prefix="galaxy-") as name, ExitStack() as stack:
+        directory = Path(name)
+        port = _free_port()
+        url = f"http://127.0.0.1:{port}"
+        admin_key = secrets.token_hex(16)
+        config = _write_config(directory, tools, admin_key)
+        environment = _environment(directory, config)
+
+        web = [SCRIPTS / "galaxy-web", "-c", config, "-b", f"127.0.0.1:{port}", "-s", ADMIN_EMAIL]
+        server = stack.enter_context(_process(web, directory / "web.log", environment))
+        _wait_until_up(url, server, directory / "web.log")
+
+        worker = [sys.executable, "-c", WORKER]
+        stack.enter_context(_process(worker, directory / "worker.log", environment))
+
+        user_key = _create_user(url, admin_key)
+        yield Galaxy(url, admin_key, user_key, directory, environment)
+
+
+def _write_config(directory: Path, tools: Iterable[Path], admin_key: str) -> Path:
+    """Write Galaxy's configuration files and return the path of the main one."""
+    elements = "".join(f"<tool file={quoteattr(str(tool))}/>" for tool in tools)
+    tool_conf = directory / "tool_conf.xml"
+    tool_conf.write_text(
+        '<toolbox><section id="get" name="Get Data"><tool file="data_source/upload.xml"/></section>'
+        f'<section id="tools" name="Tools">{elements}</section></toolbox>'
+    )
+    data_tables = directory / "tool_data_table_conf.xml"
+    data_tables.write_text("<tables/>")
+    settings = {
+        "data_dir": str(directory / "data"),
+        "tool_config_file": str(tool_conf),
+        "admin_users": ADMIN_EMAIL,
+        "bootstrap_admin_api_key": admin_key,
+        "tool_data_table_config_path": str(data_tables),
+        "conda_auto_init": False,
+        "conda_auto_install": False,
+        "involucro_auto_init": False,
+        "enable_celery_tasks": True,
+        "metadata_strategy": "directory_celery",
+        "celery_conf": {
+            "broker_url": f"sqla+sqlite:///{directory}/queue.sqlite",
+            "result_backend": f"db+sqlite:///{directory}/results.sqlite",
+            "task_routes": {
+                "galaxy.fetch_data": "galaxy.external",
+                "galaxy.set_job_metadata": "galaxy.external",
+            },
+        },
+    }
+    config = directory / "galaxy.yml"
+    config.write_text(yaml.safe_dump({"galaxy": settings}))
+    return config
+
+
+def _environment(directory: Path, config: Path) -> dict[str, str]:
+    """Environment that holds Galaxy's and planemo's files in the directory."""
+    home = directory / "home"
+    temporary = directory / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("GALAXY_", "PLANEMO_", "XDG_"))
+    }
+    return inherited | {
+        "HOME": str(home),
+        "TMPDIR": str(temporary),
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+        "GALAXY_CONFIG_FILE": str(config),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """Turn the signals that would end Python at once into an orderly exit."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _process(command: list, log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """Run a process in a session of its own, and end the whole session at the end."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        _end_session(process)
+
+
+def _end_session(leader: subprocess.Popen) -> None:
+    """End a process and its descendants, jobs in process groups of their own included."""
+    for action in (psutil.Process.terminate, psutil.Process.kill):
+        members = [p for p in psutil.process_iter() if _session(p.pid) == leader.pid]
+        for member in members:
+            try:
+                action(member)
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(members, timeout=STOP_TIMEOUT)
+    leader.wait()
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _wait_until_up(url: str, server: subprocess.Popen, log: Path) -> None:
+    galaxy = GalaxyInstance(url)
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            galaxy.config.get_version()
+            return
+        except BioblendConnectionError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+                raise RuntimeError(f"Galaxy did not start:\n{tail}") from None
+            time.sleep(0.5)
+
+
+def _create_user(url: str, admin_key: str) -> str:
+    """Make the administrator's account (the bootstrap key has none) and return its key."""
+    users = GalaxyInstance(url, admin_key).users
+    user = users.create_local_user("admin", ADMIN_EMAIL, secrets.token_hex(16))
+    return users.create_user_apikey(user["id"])
+
+
+def check(galaxy: Galaxy) -> Iterator[Outcome]:
+    """Lint and test the tool and the workflows.
+
+    Parameters
+    ----------
+    galaxy : Galaxy
+        Where to run the tests.
+
+    Yields
+    ------
+    Outcome
+        One for each lint and for each test.
+    """
+    strict = ["--report_level", "all", "--fail_level", "warn", "--skip"]
+    yield _lint(galaxy, ["lint", *strict, ",".join(LINT_SKIP), TOOL])
+    yield from _test(galaxy, TOOL)
+    if WORKFLOWS.is_dir():
+        yield _lint(galaxy, ["workflow_lint", *strict[:-1], WORKFLOWS])
+        for workflow in sorted(WORKFLOWS.glob("*.gxwf.yml")):
+            yield from _test(galaxy, workflow)
+    if (ROOT / ".shed.yml").exists():
+        yield _lint(galaxy, ["shed_lint", "--tools", *strict, ",".join(SHED_LINT_SKIP), ROOT])
+
+
+def _lint(galaxy: Galaxy, arguments: list) -> Outcome:
+    start = time.monotonic()
+    done = _planemo(galaxy, arguments)
+    return Outcome(
+        f"planemo {arguments[0]}", done.returncode == 0, done.stdout, time.monotonic() - start
+    )
+
+
+def _test(galaxy: Galaxy, path: Path) -> Iterator[Outcome]:
+    """Run the tests of a tool or a workflow."""
+    results = galaxy.directory / f"{path.name}.json"
+    start = time.monotonic()
+    done = _planemo(galaxy, [*planemo_test(galaxy), "--test_output_json", results, path])
+    tests = json.loads(results.read_text())["tests"] if results.exists() else []
+    for test in tests:
+        data = test["data"]
+        passed = data["status"] == "success"
+        yield Outcome(
+            f"test {test['id']}",
+            passed,
+            _report(data),
+            data.get("time_seconds") or time.monotonic() - start,
+        )
+    failed = any(test["data"]["status"] != "success" for test in tests)
+    if not tests or (done.returncode != 0 and not failed):
+        yield Outcome(f"planemo test {path.name}", False, done.stdout, time.monotonic() - start)
+
+
+def planemo_test(galaxy: Galaxy) -> list[str]:
+    """Arguments that make planemo run tests in this Galaxy."""
+    return [
+        *("test", "--engine", "external_galaxy", "--galaxy_url", galaxy.url),
+        *("--galaxy_admin_key", galaxy.admin_key, "--galaxy_user_key", galaxy.user_key),
+        *("--no_shed_install", "--test_timeout", str(TEST_TIMEOUT)),
+        *("--test_output", str(galaxy.directory / "report.html")),
+    ]
+
+
+def _planemo(galaxy: Galaxy, arguments: list) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [SCRIPTS / "planemo", *arguments],
+        cwd=ROOT,
+        env=galaxy.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _report(data: dict) -> str:
+    """Say what went wrong in a test: planemo's findings, and what its jobs wrote."""
+    problems = [data["execution_problem"], *(data["output_problems"] or [])]
+    steps = (data["invocation_details"] or {}).get("steps", {}).values()
+    jobs = [data["job"], *(job for step in steps for job in step["jobs"])]
+    written = [
+        f"job {job['id']} {name}:\n{job[name]}"
+        for job in filter(None, jobs)
+        for name in ("command_line", "stdout", "stderr")
+        if job[name]
+    ]
+    return "\n".join(map(str, [*filter(None, problems), *written]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the checks, or serve the tool until interrupted.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Command line, by default the process's own.
+
+    Returns
+    -------
+    int
+        Exit status.
+    """
+    parser = argparse.ArgumentParser(description="Test the tool in a real Galaxy.")
+    parser.add_argument(
+        "--serve", action="store_true", help="only start the Galaxy, and wait for Ctrl-C"
+    )
+    args = parser.parse_args(argv)
+
+    start = time.monotonic()
+    with running_galaxy() as galaxy:
+        print(f"Galaxy is up at {galaxy.url} ({time.monotonic() - start:.0f} s)", flush=True)
+        if args.serve:
+            print("Run a test with: planemo", *planemo_test(galaxy), TOOL, flush=True)
+            with suppress(KeyboardInterrupt):
+                signal.pause()
+            return 0
+        outcomes = []
+        for outcome in check(galaxy):
+            outcomes.append(outcome)
+            verdict = "passed" if outcome.passed else "FAILED"
+            print(f"{verdict} {outcome.name} ({outcome.seconds:.1f} s)", flush=True)
+            if not outcome.passed:
+                print(indent(outcome.report, "    "), flush=True)
+    failed = sum(not outcome.passed for outcome in outcomes)
+    print(f"{len(outcomes) - failed} passed, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Detections on simulated skies against what is true."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sky import galaxies, grid_positions, simulate, stars
+
+MASK_BOXES = (4, 140, 215, 351), (232, 351, 12, 130)
+
+
+def nearest(x, y, others_x, others_y):
+    """Return, for each position, the index of the nearest other one, and its distance."""
+    distance = np.hypot(
+        np.subtract.outer(np.asarray(x), np.asarray(others_x)),
+        np.subtract.outer(np.asarray(y), np.asarray(others_y)),
+    )
+    return distance.argmin(axis=1), distance.min(axis=1)
+
+
+@pytest.mark.parametrize("option", ["float_globalrms", "array_rms --thresh 4", "none --thresh 10"])
+@pytest.mark.parametrize("gain", [None, 4])
+def test_isolated_stars_are_all_found_in_place_with_their_flux(run, write, option, gain):
+    shape = (240, 240)
+    positions = grid_positions(shape, 40, seed=1)
+    true = stars(*positions, np.geomspace(2e3, 1e5, 36), fwhm=3.5)
+    image, _ = simulate(shape, true, seed=2, level=50, gradient=(5, 3), noise=2, gain=gain)
+    catalog = run(write(image), "--err-option", *option.split()).catalog
+    index, distance = nearest(*positions, catalog.x, catalog.y)
+    assert len(catalog) == len(set(index)) == len(true)
+    assert distance.max() < 0.2
+    assert np.median(distance) < 0.05
+    np.testing.assert_allclose(catalog.flux[index], true["flux"], rtol=0.12)
+    np.testing.assert_allclose(catalog.flux[index][18:], true["flux"][18:], rtol=0.03)
+
+
+@pytest.mark.parametrize("theta", [-1.2, -0.4, 0.0, 0.6, 1.3])
+def test_position_angle_runs_from_x_towards_y(run, write, theta):
+    true = galaxies(40.4, 30.2, 2e4, a=7, b=2, theta=theta)
+    image, _ = simulate((64, 80), true, seed=3, noise=1)
+    brightest = run(write(image)).catalog.sort_values("flux").iloc[-1]
+    assert brightest.theta == pytest.approx(theta, abs=0.05)
+    assert brightest.a > 1.5 * brightest.b
+    assert (brightest.x, brightest.y) == pytest.approx((40.4, 30.2), abs=0.15)
+
+
+def test_empty_sky_has_no_sources(run, write):
+    image = np.random.default_rng(4).normal(100, 3, (256, 256)).astype(np.float32)
+    result = run(write(image))
+    assert result.catalog.empty
+    assert result.image("background") == pytest.approx(100, abs=0.5)
+    assert result.image("rms") == pytest.approx(3, rel=0.1)
+
+
+def test_sources_of_the_test_sky_are_complete_and_pure(run, data):
+    boxes = [word for box in MASK_BOXES for word in ("--mask-box", *box)]
+    catalog = run(data / "sky.fits", *boxes, "--background-passes", 2).catalog
+    truth = pd.read_csv(data / "sky_truth.tsv", sep="\t")
+    faint = truth[~truth.kind.eq("halo")]
+    for xmin, xmax, ymin, ymax in MASK_BOXES:
+        near = faint.x.between(xmin - 3, xmax + 3) & faint.y.between(ymin - 3, ymax + 3)
+        faint = faint[~near]
+    faint = faint[faint.x.between(2, 357) & faint.y.between(2, 357)]
+    bright = faint[faint.flux > 0.5]
+    _, distance = nearest(bright.x, bright.y, catalog.x, catalog.y)
+    assert len(bright) > 20
+    assert np.mean(distance < 2) > 0.9
+    _, distance = nearest(catalog.x, catalog.y, truth.x, truth.y)
+    assert np.mean(distance < 4) > 0.85
