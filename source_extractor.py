@@ -24,7 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
@@ -119,6 +119,11 @@ class PhotometrySettings:
     kron_factor: float = 2.5
     kron_min_radius: float = 3.5
     aperture_diameters: tuple[float, ...] = ()
+
+
+def aperture(diameter):
+    """Return how the columns of a circular aperture end."""
+    return f"aper_{diameter:.15g}"
 
 
 def settings_from(args, kind):
@@ -345,7 +350,13 @@ def celestial_wcs(path, hdus, header, axes):
         wcs = WCS(header, hdus)
         if wcs.naxis > 2:
             wcs = wcs.sub(axes)
-        return wcs if wcs.has_celestial else None
+        if not wcs.has_celestial:
+            return None
+        # astropy mends a matrix of zeros, as uncalibrated frames have it, to a degree a pixel.
+        blank = [header.get(f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
+        if blank or not np.linalg.cond(wcs.pixel_scale_matrix) < 1e8:
+            raise ValueError("its matrix is singular")
+        return wcs
     except Exception as error:
         log.warning("%s: WCS can't be used and is left out (%s)", path, one_line(error))
         return None
@@ -467,7 +478,7 @@ def wcs_offset(one, other, shape):
             there = other.world_to_pixel(one.pixel_to_world(x, y))
     except Exception:  # wcslib and the frames raise many kinds
         return math.inf
-    return float(np.max(np.hypot(there[0] - x, there[1] - y)))
+    return float(np.nanmax(np.hypot(there[0] - x, there[1] - y), initial=0))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -667,11 +678,10 @@ class Method:
 
 
 class Detections(NamedTuple):
-    """SEP's 30 fields an object, the map (ny, nx) that labels it index + 1, and the noise."""
+    """SEP's 30 fields an object, and the map (ny, nx) that labels it index + 1."""
 
     objects: np.ndarray
     segmentation: np.ndarray
-    noise: float | np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -789,36 +799,33 @@ def global_rms(background):
     return 0.0 if rms == 1 and not background.rms().any() else rms
 
 
-def choose_noise(field):
-    """Return the noise to detect against, and the mask with the pixels added that have none.
+def noise_of(field):
+    """Return the noise to detect and measure against, and the mask with its bad pixels added.
 
     Returns
     -------
-    noise : float, ndarray of shape (ny, nx), or None
-        Standard deviations; None for an absolute threshold.
+    noise : float or ndarray of shape (ny, nx)
+        Standard deviations.
     mask : ndarray of bool, shape (ny, nx)
-
-    Raises
-    ------
-    InputError
-        If the noise was to be measured, and there is none, but there are sources.
     """
-    option = field.method.err_option
-    if option == "none":
-        return None, field.mask
-    if option != "file" and global_rms(field.background) == 0:
-        if field.residual[~field.mask].any():
-            raise InputError(
-                "the background has no noise, so a threshold in units of it has no meaning; give "
-                "an absolute one with --err-option none, or the noise with --err-option file"
-            )
-        log.warning("the image is constant: no sources")
-        return 0.0, field.mask
-    if option == "float_globalrms":
+    if field.method.err_option in ("none", "float_globalrms"):
         return global_rms(field.background), field.mask
-    noise = field.background.rms() if option == "array_rms" else field.noise
+    measured = field.method.err_option == "array_rms"
+    noise = field.background.rms() if measured else field.noise
     mask = field.mask | ~usable(noise)
     return np.where(mask, noise.dtype.type(NO_WEIGHT), noise), mask
+
+
+def require_noise(field):
+    """Refuse sources without noise if the threshold is to be a multiple of the measured one."""
+    if field.method.err_option in ("none", "file") or global_rms(field.background) > 0:
+        return
+    if field.residual[~field.mask].any():
+        raise InputError(
+            "the background has no noise, so a threshold in units of it has no meaning; give an "
+            "absolute one with --err-option none, or the noise with --err-option file"
+        )
+    log.warning("the image is constant: no sources")
 
 
 @stage
@@ -833,8 +840,11 @@ def find_sources(field):
     -------
     Detections
     """
+    require_noise(field)
     residual, kernel = field.residual, field.method.kernel
-    noise, mask = choose_noise(field)
+    noise, mask = noise_of(field)
+    if field.method.err_option == "none":
+        noise = None
     sep.set_extract_pixstack(PIXEL_STACK)
     sep.set_sub_object_limit(SUB_OBJECTS)
     # SEP filters the first rows before it has applied the mask to them.
@@ -848,7 +858,7 @@ def find_sources(field):
     try:
         while True:
             try:
-                return Detections(*sep.extract(residual, err=noise, mask=mask, **keywords), noise)
+                return Detections(*sep.extract(residual, err=noise, mask=mask, **keywords))
             except Exception as error:  # SEP raises nothing narrower
                 grow_limits(error, residual.size)
     finally:
@@ -906,12 +916,14 @@ def masked_as_neighbours(segmentation, mask):
     """
     hidden = segmentation[mask]
     segmentation[mask] = MASKED
-    yield segmentation
-    segmentation[mask] = hidden
+    try:
+        yield segmentation
+    finally:
+        segmentation[mask] = hidden
 
 
 @stage
-def measure(field, objects, segmentation, noise, settings):
+def measure(field, objects, segmentation, settings):
     """Measure sizes, Kron and aperture fluxes, and windowed centroids.
 
     Neighbours and masked pixels are left out of every sum.
@@ -924,8 +936,6 @@ def measure(field, objects, segmentation, noise, settings):
         `sep.extract`'s objects.
     segmentation : ndarray of int32, shape (ny, nx)
         Their map: 0 for sky, index + 1 for an object.
-    noise : float or ndarray of shape (ny, nx)
-        Standard deviations of the pixels, in the field's frame.
     settings : PhotometrySettings
 
     Returns
@@ -940,8 +950,9 @@ def measure(field, objects, segmentation, noise, settings):
     """
     ids = np.arange(1, len(objects) + 1, dtype=np.int32)
     x, y, a, b, theta, sane = sane_shapes(objects)
+    noise, mask = noise_of(field)
     image, errors = field.residual, {"err": noise, "gain": field.method.extraction.gain}
-    with masked_as_neighbours(segmentation, field.mask) as labels:
+    with masked_as_neighbours(segmentation, mask) as labels:
         others = {"segmap": labels, "seg_id": ids[sane]}
         r_k, kron_flag = sep.kron_radius(image, x, y, a, b, theta, KRON_REACH, **others)
         r_k = np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
@@ -964,8 +975,8 @@ def measure(field, objects, segmentation, noise, settings):
         }
         for diameter in settings.aperture_diameters:
             flux, error, _ = sep.sum_circle(image, x, y, diameter / 2, **errors, **others)
-            found[f"flux_aper_{diameter:g}"] = in_image_values(flux)
-            found[f"fluxerr_aper_{diameter:g}"] = in_image_values(error)
+            found[f"flux_{aperture(diameter)}"] = in_image_values(flux)
+            found[f"fluxerr_{aperture(diameter)}"] = in_image_values(error)
     measured = pd.DataFrame(found, index=ids[sane])
     measured[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
     measured["flag_auto"] = flag | kron_flag
@@ -974,15 +985,6 @@ def measure(field, objects, segmentation, noise, settings):
     measured["background"] = at_objects(field.level_map(), objects)
     measured["rms"] = at_objects(field.rms_map(), objects)
     return measured
-
-
-def measuring_noise(field, noise):
-    """Return the noise that was used for detection, if any, else what `field` itself has."""
-    if noise is not None:
-        return noise
-    if field.method.err_option == "array_rms":
-        return field.background.rms()
-    return global_rms(field.background)
 
 
 def sane_shapes(objects):
@@ -1000,9 +1002,11 @@ def sane_shapes(objects):
 
 def at_objects(values, objects):
     """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
-    rows, columns = (np.rint(objects[name]).astype(int) for name in ("y", "x"))
-    limits = values.shape[0] - 1, values.shape[1] - 1
-    return values[np.clip(rows, 0, limits[0]), np.clip(columns, 0, limits[1])]
+    rows, columns = (
+        np.clip(np.rint(np.nan_to_num(objects[name])), 0, size - 1).astype(int)
+        for name, size in zip(("y", "x"), values.shape, strict=True)
+    )
+    return values[rows, columns].astype(float)
 
 
 def windowed_centroids(image, labels, ids, x, y, radius):
@@ -1052,12 +1056,14 @@ def lone_stamp(image, labels, label, x, y, reach):
     left, bottom : int
         Column and row of the image at the stamp's first pixel.
     """
-    left, bottom = math.ceil(x - reach), math.ceil(y - reach)
+    ny, nx = image.shape
+    left = math.ceil(x - min(reach, max(x, nx - 1 - x)))
+    bottom = math.ceil(y - min(reach, max(y, ny - 1 - y)))
     # The last pixel is the one opposite to the first, so that a flip swaps opposite pixels.
     width, height = round(2 * x) - 2 * left + 1, round(2 * y) - 2 * bottom + 1
-    stamp, foreign = np.zeros((height, width), image.dtype), np.ones((height, width), bool)
-    rows = slice(max(bottom, 0), min(bottom + height, image.shape[0]))
-    columns = slice(max(left, 0), min(left + width, image.shape[1]))
+    stamp, foreign = np.zeros((height, width), image.dtype), np.zeros((height, width), bool)
+    rows = slice(max(bottom, 0), min(bottom + height, ny))
+    columns = slice(max(left, 0), min(left + width, nx))
     inside = (
         slice(rows.start - bottom, rows.stop - bottom),
         slice(columns.start - left, columns.stop - left),
@@ -1149,7 +1155,7 @@ COLUMNS = (
 def catalog_columns(diameters):
     """Return all columns of the catalogue, with those for the aperture diameters (pixels)."""
     return COLUMNS + tuple(
-        Column(f"{name}_aper_{diameter:g}", unit, ucd, f"{text} of {diameter:g} pixels diameter")
+        Column(f"{name}_{aperture(diameter)}", unit, ucd, f"{text}, {diameter:.15g} pixels wide")
         for diameter in diameters
         for name, unit, ucd, text in (
             ("flux", "image", "phot.flux", "flux in a circle"),
@@ -1182,8 +1188,8 @@ def build_catalog(objects, frame, measured, wcs, settings):
     catalog["elongation"] = catalog["a"] / catalog["b"]
     # The FWHM of a round Gaussian is sqrt(8 ln 2) times its RMS, here sqrt((a² + b²) / 2).
     catalog["fwhm"] = 2 * np.sqrt(math.log(2) * (catalog["a"] ** 2 + catalog["b"] ** 2))
-    catalog["snr"] = catalog["flux_auto"] / catalog["fluxerr_auto"]
-    for kind in ("auto", *(f"aper_{diameter:g}" for diameter in settings.aperture_diameters)):
+    catalog["snr"] = catalog["flux_auto"] / catalog["fluxerr_auto"].where(lambda error: error > 0)
+    for kind in ("auto", *map(aperture, settings.aperture_diameters)):
         catalog[f"mag_{kind}"], catalog[f"magerr_{kind}"] = to_magnitudes(
             catalog[f"flux_{kind}"], catalog[f"fluxerr_{kind}"], settings.zeropoint
         )
@@ -1202,6 +1208,8 @@ def sky_positions(wcs, x, y):
     if wcs is None or not len(x):
         return nowhere, nowhere
     try:
+        if wcs.wcs.lngtyp not in ("RA", "GLON"):
+            raise ValueError(f"{wcs.wcs.lngtyp} is neither RA nor GLON")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             sky = wcs.pixel_to_world(x, y).icrs
@@ -1237,11 +1245,13 @@ def staged(targets):
     try:
         for name, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                target.stat()  # fails now rather than at the end if its name can't be one
             part = target.with_name(f".{name}-{token}{target.suffix}")
             part.touch(exist_ok=False)
             parts[name] = part
         yield parts
-        with signals_blocked():
+        with unstoppable():
             for name in list(parts):
                 parts.pop(name).replace(targets[name])
     except OSError as error:
@@ -1256,13 +1266,14 @@ def staged(targets):
 
 
 @contextmanager
-def signals_blocked():
-    """Let nothing but a SIGKILL come between."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+def unstoppable():
+    """Ignore what would stop the process, for a moment; only a SIGKILL comes between."""
+    handlers = {signum: signal.signal(signum, signal.SIG_IGN) for signum in STOPS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 @stage
@@ -1332,44 +1343,43 @@ def write_regions(path, catalog, wcs):
 
     In sky coordinates (ICRS) where the catalogue has them, else in DS9's 1-based pixels.
     """
-    rows = catalog[np.isfinite(catalog[["x", "y", "a", "b", "theta"]]).all(axis=1)]
-    if rows["ra"].notna().any():
-        system, shapes = "icrs", sky_ellipses(rows[rows["ra"].notna()], wcs)
+    x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
+    if catalog["ra"].notna().any():
+        system, shapes = "icrs", sky_ellipses(wcs, x, y, 3 * a, 3 * b, theta)
+        form = 'ellipse({:.15g},{:.15g},{:.9g}",{:.9g}",{:.9g})'
     else:
-        x, y, a, b, theta = rows[["x", "y", "a", "b", "theta"]].to_numpy().T
-        pixels = np.column_stack([x + 1, y + 1, 3 * a, 3 * b, np.degrees(theta)])
-        system, shapes = "image", ["{:.4f},{:.4f},{:.4f},{:.4f},{:.4f}".format(*p) for p in pixels]
-    labels = rows["id"] if system == "image" else rows["id"][rows["ra"].notna()]
+        system, shapes = "image", np.array([x + 1, y + 1, 3 * a, 3 * b, np.degrees(theta)])
+        form = "ellipse({:.9g},{:.9g},{:.9g},{:.9g},{:.9g})"
     lines = ["# Region file format: DS9 version 4.1", "global color=red", system]
     lines += [
-        f"ellipse({shape}) # text={{{label}}}" for shape, label in zip(shapes, labels, strict=True)
+        f"{form.format(*shape)} # text={{{label}}}"
+        for label, shape in zip(catalog["id"], shapes.T, strict=True)
+        if np.isfinite(shape).all()
     ]
     path.write_text("\n".join(lines) + "\n")
 
 
-def sky_ellipses(rows, wcs):
-    """Return DS9's parameters of sky ellipses: position (degrees), semi-axes, and angle.
+def sky_ellipses(wcs, x, y, a, b, theta):
+    """Return ra, dec (degrees), semi-axes (arcsec) and DS9's angle (degrees) of pixel ellipses.
 
     DS9 counts the angle from west through north, 90 degrees ahead of the position angle.
     """
-    x, y, a, b, theta = rows[["x", "y", "a", "b", "theta"]].to_numpy().T
-    dx, dy = 3 * np.cos(theta), 3 * np.sin(theta)
+    along, across = (np.cos(theta), np.sin(theta)), (-np.sin(theta), np.cos(theta))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        centre = wcs.pixel_to_world(x, y).icrs
-        major = wcs.pixel_to_world(x + a * dx, y + a * dy).icrs
-        minor = wcs.pixel_to_world(x - b * dy, y + b * dx).icrs
-    return [
-        f'{ra:.7f},{dec:.7f},{semi_major:.4f}",{semi_minor:.4f}",{angle:.4f}'
-        for ra, dec, semi_major, semi_minor, angle in zip(
+        centre, major, minor = (
+            wcs.pixel_to_world(x + length * dx, y + length * dy).icrs
+            for length, (dx, dy) in ((0, along), (a, along), (b, across))
+        )
+    return np.array(
+        [
             centre.ra.deg,
             centre.dec.deg,
             centre.separation(major).arcsec,
             centre.separation(minor).arcsec,
             (centre.position_angle(major).deg + 90) % 180,
-            strict=True,
-        )
-    ]
+        ]
+    )
 
 
 # The most pixels a side of a panel; larger images are reduced to it before anything is drawn.
@@ -1557,7 +1567,7 @@ def build_parser():
         allow_abbrev=False,
     )
     parser.add_argument("image", metavar="IMAGE", type=Path, help="FITS or TIFF image")
-    sizes, extraction = BackgroundSettings, ExtractionSettings
+    mesh, extraction = BackgroundSettings, ExtractionSettings
 
     add = partial(add_option, parser.add_argument_group("input"))
     add("--hdu", str, None, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)")
@@ -1569,11 +1579,11 @@ def build_parser():
     add("--mask-box", number(int, 0), [], "mask 0-based pixels, ends included; repeatable", **box)
 
     add = partial(add_option, parser.add_argument_group("background"))
-    add("--bw", number(int, 8), sizes.bw, "width of the boxes, pixels")
-    add("--bh", number(int, 8), sizes.bh, "height of the boxes, pixels")
-    add("--fw", number(int, 1, 99, odd=True), sizes.fw, "width of the median filter, boxes, odd")
-    add("--fh", number(int, 1, 99, odd=True), sizes.fh, "height of the median filter, boxes, odd")
-    add("--fthresh", number(float, 0), sizes.fthresh, "filter boxes this far from the median")
+    add("--bw", number(int, 8), mesh.bw, "width of the boxes, pixels")
+    add("--bh", number(int, 8), mesh.bh, "height of the boxes, pixels")
+    add("--fw", number(int, 1, 99, odd=True), mesh.fw, "width of the median filter, boxes, odd")
+    add("--fh", number(int, 1, 99, odd=True), mesh.fh, "height of the median filter, boxes, odd")
+    add("--fthresh", number(float, 0), mesh.fthresh, "filter boxes this far from the median")
     add("--background-passes", (1, 2), 1, "with 2, mask the sources and estimate it again")
 
     add = partial(add_option, parser.add_argument_group("detection"))
@@ -1612,10 +1622,11 @@ def build_parser():
     photometry = PhotometrySettings
     add = partial(add_option, parser.add_argument_group("photometry"))
     add("--zeropoint", number(float), photometry.zeropoint, "magnitude of one count")
-    add("--kron-factor", POSITIVE, photometry.kron_factor, "Kron radii in the AUTO ellipse")
-    least = number(float, 0)
-    add("--kron-min-radius", least, photometry.kron_min_radius, "its least radius, in (a, b)")
-    add("--aperture-diameters", POSITIVE, (), "pixels", nargs="+", metavar="D")
+    radii = number(float, maximum=100, above=0)
+    add("--kron-factor", radii, photometry.kron_factor, "Kron radii in the AUTO ellipse")
+    add("--kron-min-radius", radii, photometry.kron_min_radius, "its least radius, in (a, b)")
+    sizes = number(float, maximum=10_000, above=0)
+    add("--aperture-diameters", sizes, (), "of circles, pixels", nargs="+", metavar="D")
     add("--measure-image", Path, None, "detect on IMAGE, measure on this aligned image")
     add("--measure-hdu", str, None, "HDU of a FITS measure image, as --hdu")
     add("--measure-plane", number(int, 0), None, "plane of the measure image, as --plane")
@@ -1665,6 +1676,8 @@ def check_usage(args):
         if xmin > xmax or ymin > ymax:
             return f"--mask-box {xmin} {xmax} {ymin} {ymax}: the order is XMIN XMAX YMIN YMAX"
     inputs = (args.image, args.mask, args.err_file, args.filter_file, args.measure_image)
+    if len(set(args.aperture_diameters)) < len(args.aperture_diameters):
+        return "--aperture-diameters: each diameter may be given once"
     taken = {os.path.realpath(path) for path in inputs if path}
     for product, path in product_paths(args).items():
         option, real = flag(product), os.path.realpath(path)
@@ -1715,8 +1728,7 @@ def run(args):
             found = find_sources(field)
             report_detections(field, found)
         target = field if other is None else subtract_other(other, mask, method)
-        noise = measuring_noise(target, found.noise if other is None else None)
-        measured = measure(target, found.objects, found.segmentation, noise, photometry)
+        measured = measure(target, found.objects, found.segmentation, photometry)
         catalog = build_catalog(found.objects, field.frame, measured, image.wcs, photometry)
         write_products(paths, args, image, field, found.segmentation, catalog)
     for product, path in targets.items():
@@ -1779,18 +1791,19 @@ def report_image(image, mask):
 
 def report_detections(field, found):
     """Tell level, noise and threshold in image values, the number of sources, and warnings."""
-    frame, thresh = field.frame, field.method.extraction.thresh
+    frame, method = field.frame, field.method
     level = frame.levels(np.array(field.background.globalback, dtype=np.float64))
     rms = frame.differences(global_rms(field.background))
     log.info("background    %.6g, rms %.6g", level, rms)
-    if found.noise is None:
+    thresh = method.extraction.thresh
+    if method.err_option == "none":
         log.info("threshold     %.6g (absolute)", frame.differences(thresh))
-    elif np.ndim(found.noise) == 0:
-        log.info("threshold     %.6g (%g x rms)", frame.differences(thresh * found.noise), thresh)
+    elif method.err_option == "float_globalrms":
+        log.info("threshold     %.6g (%g x rms)", thresh * rms, thresh)
     else:
-        typical = frame.differences(thresh * np.median(sample(found.noise, field.mask)))
-        log.info("threshold     %.6g (%g x noise of each pixel, median)", typical, thresh)
-        warn_of_depth(field.method)
+        typical = frame.differences(np.median(sample(*noise_of(field))))
+        log.info("threshold     %.6g (%g x noise, median)", thresh * typical, thresh)
+        warn_of_depth(method)
     log.info("sources       %d", len(found.objects))
     if not len(found.objects):
         log.warning("no sources found: the catalogue and the segmentation map are empty")

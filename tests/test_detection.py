@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import sep
 import tifffile
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sky import galaxies, random_sources, simulate, stars, vstack
 
@@ -590,7 +590,7 @@ DEEPER = re.compile(r"warning: .* detects ([\d.]+) times fainter.*; --thresh ([\
     "kernel", [DEFAULT_KERNEL, np.ones((3, 3)), np.array([[0, 1, 0], [1, -2, 1], [0, 3, 0]])]
 )
 def test_matched_filter_says_truly_how_much_deeper_it_goes(run, write, tmp_path, kernel):
-    noise = np.random.default_rng(8).normal(0, 1, (256, 256)).astype(np.float32)
+    noise = np.random.default_rng(8).normal(0, 1, (160, 160)).astype(np.float32)
     np.savetxt(tmp_path / "kernel.txt", kernel)
     path = write(noise)
     options = "--filter-case file --minarea 1 --deblend-nthresh 1 --no-clean --bw 400 --bh 400"
@@ -647,7 +647,10 @@ SETTINGS = {
     "--clean-param": st.floats(5e-324, 1e308),
 }
 BOUNDED = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would take minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 

@@ -99,21 +99,18 @@ def test_each_aperture_adds_four_columns_in_the_order_given(run, write, stars, d
     ]
 
 
-def test_a_diameter_given_twice_is_measured_once(run, write, stars, tmp_path):
-    table = tmp_path / "catalog.fits"
-    result = run(write(stars), "--catalog-fits", table, "--aperture-diameters", 5, 8, 5.0)
-    assert result.code == 0
-    names = (result.directory / "catalog.tsv").read_text().split("\n")[0].split("\t")
-    assert names.count("flux_aper_5") == 1
-    assert Table.read(table).colnames == names
+def test_a_diameter_given_twice_is_refused(run, write, stars):
+    result = run(write(stars), "--aperture-diameters", 5, 8, 5.0)
+    assert result.code == 2
+    assert "--aperture-diameters" in result.err
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *[("--aperture-diameters", value) for value in ("0", "-1", "nan", "inf", "wide")],
+        *[("--aperture-diameters", value) for value in ("0", "-1", "nan", "inf", "1e300", "wide")],
         *[("--kron-factor", value) for value in ("0", "-1", "nan", "inf")],
-        *[("--kron-min-radius", value) for value in ("-1", "nan", "inf")],
+        *[("--kron-min-radius", value) for value in ("0", "-1", "nan", "inf")],
         *[("--zeropoint", value) for value in ("nan", "inf", "AB")],
     ],
 )
@@ -446,8 +443,8 @@ PHOTOMETRY = ["kron_radius", "flux_auto", "fluxerr_auto", "flux_radius", "xwin",
 PHOTOMETRY += ["flux_aper_6", "fluxerr_aper_6"]
 
 
-def measure(field, objects, segmentation, noise=1.0, settings=SETTINGS):
-    return source_extractor.measure(field, objects, segmentation, noise, settings)
+def measure(field, objects, segmentation, settings=SETTINGS):
+    return source_extractor.measure(field, objects, segmentation, settings)
 
 
 @pytest.fixture(scope="module")
@@ -614,20 +611,25 @@ def test_no_object_gives_no_row(found):
     assert list(measured) == list(found.reference)
 
 
+def with_noise_image(field, noise):
+    method = replace(field.method, err_option="file")
+    return replace(field, noise=noise, method=method)
+
+
 def test_one_noise_and_the_same_noise_everywhere_are_the_same(found):
-    everywhere = np.ones(found.segmentation.shape)
-    pd.testing.assert_frame_equal(
-        measure(found.field, found.objects, found.segmentation, everywhere), found.reference
-    )
+    rms = found.field.background.globalrms
+    field = with_noise_image(found.field, np.full(found.segmentation.shape, rms))
+    measured = measure(field, found.objects, found.segmentation)
+    pd.testing.assert_frame_equal(measured, found.reference)
 
 
 def test_noise_that_is_nan_under_the_mask_does_not_matter(found):
     mask = np.zeros(found.segmentation.shape, bool)
     mask[50:70, 60:120] = True
     field = replace(found.field, mask=mask)
-    noise = np.where(mask, np.nan, 1.0)
+    noise = np.where(mask, np.nan, found.field.background.globalrms)
     pd.testing.assert_frame_equal(
-        measure(field, found.objects, found.segmentation, noise),
+        measure(with_noise_image(field, noise), found.objects, found.segmentation),
         measure(field, found.objects, found.segmentation),
     )
 
@@ -725,8 +727,8 @@ def test_a_pedestal_of_1e7_sigma_changes_no_measurement(run, write, stars):
     assert_allclose(high["background"] - 1e7, plain["background"], atol=0.05)
 
 
-@pytest.mark.parametrize("diameter", [1e6, 1e300])
-def test_an_aperture_wider_than_the_image_sums_all_of_it(run, write, stars, tmp_path, diameter):
+def test_an_aperture_wider_than_the_image_sums_all_of_it(run, write, stars, tmp_path):
+    diameter = 10_000
     subtracted = tmp_path / "subtracted.fits"
     options = ("--thresh", 5, "--subtracted", subtracted, "--aperture-diameters", diameter)
     result = run(write(stars), *options)

@@ -221,9 +221,15 @@ def summarize(catalog, truth, bins=BINS):
 
 FORMATS = {
     "sources": "{:.0f}",
-    **dict.fromkeys(("complete", "pure", "scatter"), "{:.1%}"),
+    "complete": "{:.1%}",
+    "pure": "{:.1%}",
+    "x": "{:.2f}",
+    "xwin": "{:.2f}",
     "bias": "{:+.1%}",
-    **dict.fromkeys(("x", "xwin", "pull", "flux_radius", "fwhm"), "{:.2f}"),
+    "scatter": "{:.1%}",
+    "pull": "{:.2f}",
+    "flux_radius": "{:.2f}",
+    "fwhm": "{:.2f}",
 }
 
 
