@@ -150,6 +150,7 @@ class Stack(NamedTuple):
     cut: Callable[[int], np.ndarray]
     wcs: WCS | None = None
     unit: str | None = None
+    black: int | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,8 @@ class Image:
         The celestial WCS of the plane.
     unit : str or None
         The header's BUNIT.
+    black : int or None
+        The value of black in a TIFF in which 0 is white.
     """
 
     data: np.ndarray
@@ -176,6 +179,7 @@ class Image:
     dtype: str
     wcs: WCS | None
     unit: str | None
+    black: int | None
 
 
 @contextmanager
@@ -237,7 +241,7 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
         if data.dtype.kind not in "biuf":
             raise InputError(f"{stack.name}: pixels of type {data.dtype} are not real numbers")
         data = data.reshape([stack.shape[axis] for axis in stack.image_axes])
-        return Image(data, stack.name, stack.dtype, stack.wcs, stack.unit)
+        return Image(data, stack.name, stack.dtype, stack.wcs, stack.unit, stack.black)
 
 
 def choose_plane(stack, plane, lone_serves_all):
@@ -377,11 +381,13 @@ def open_tiff(path):
             else:
                 planes = np.moveaxis(series.asarray(), image_axes, (-2, -1))
                 data = planes.reshape(-1, *planes.shape[-2:])[plane]
-            if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and data.dtype.kind in "bu":
-                data = ~data if page.bitspersample == 1 else (1 << page.bitspersample) - 1 - data
             return data
 
-        yield Stack(str(path), list(axes), shape, image_axes, series.dtype.name, cut)
+        white = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
+        yield Stack(
+            *(str(path), list(axes), shape, image_axes, series.dtype.name, cut),
+            black=(1 << page.bitspersample) - 1 if white else None,
+        )
 
 
 def to_float(data):
@@ -400,7 +406,8 @@ def read_image(path, hdu=None, plane=None):
         float64 where the file has float64 or integers of more than 16 bits, else float32.
     """
     image = read_plane(path, hdu, plane)
-    return replace(image, data=to_float(image.data))
+    data = to_float(image.data)
+    return replace(image, data=data if image.black is None else image.black - data)
 
 
 def require_shape(found, shape):
@@ -640,7 +647,7 @@ class Frame:
 
 # How far, in units of (a, b), the sources of the first pass are masked for the second: the profile
 # of a bright galaxy goes on well beyond the isophote it was detected at.
-GROWTH = 4.0
+GROWTH = 6.0
 
 # SEP's own starting values and the most it takes without overflow; see `grow_limits`.
 PIXEL_STACK = 300_000
@@ -840,7 +847,6 @@ def find_sources(field):
     -------
     Detections
     """
-    require_noise(field)
     residual, kernel = field.residual, field.method.kernel
     noise, mask = noise_of(field)
     if field.method.err_option == "none":
@@ -876,8 +882,8 @@ def grow_limits(error, pixels):
         log.debug("too many sub-objects, limit grown to %d", sep.get_sub_object_limit())
     elif "deblending overflow" in str(error):
         raise InputError(
-            f"a source splits into more than {MAX_SUB_OBJECTS} parts; raise --thresh or "
-            "--deblend-cont, or lower --deblend-nthresh"
+            f"a source splits into more than {MAX_SUB_OBJECTS} parts; raise --thresh, or switch "
+            "deblending off with --deblend-nthresh 1"
         ) from error
     else:
         raise InputError(f"SEP gave up: {one_line(error)}") from error
@@ -1251,7 +1257,7 @@ def staged(targets):
             part.touch(exist_ok=False)
             parts[name] = part
         yield parts
-        with unstoppable():
+        with stopping_by(signal.SIG_IGN):
             for name in list(parts):
                 parts.pop(name).replace(targets[name])
     except OSError as error:
@@ -1266,14 +1272,17 @@ def staged(targets):
 
 
 @contextmanager
-def unstoppable():
-    """Ignore what would stop the process, for a moment; only a SIGKILL comes between."""
-    handlers = {signum: signal.signal(signum, signal.SIG_IGN) for signum in STOPS}
+def stopping_by(handler):
+    """Let `handler` take the signals that stop a process, but for those that nohup ignores."""
+    before = {signum: signal.getsignal(signum) for signum in STOPS}
+    heeded = [signum for signum in STOPS if before[signum] != signal.SIG_IGN]
+    for signum in heeded:
+        signal.signal(signum, handler)
     try:
         yield
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        for signum in heeded:
+            signal.signal(signum, before[signum])
 
 
 @stage
@@ -1429,8 +1438,9 @@ def show_image(axes, picture, shape, **style):
 
 def show_sources(axes, field, catalog):
     """Show the background-subtracted image in grey, with a red ellipse of 6a x 6b a source."""
-    picture = field.frame.differences(shrink(field.residual, block_means))
-    low, high = ZScaleInterval().get_limits(picture)
+    picture = shrink(field.residual, block_means)
+    low, high = map(field.frame.differences, ZScaleInterval().get_limits(picture))
+    picture = field.frame.differences(picture)
     drawn = show_image(axes, picture, field.residual.shape, cmap="gray", vmin=low, vmax=high)
     x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
     ellipses = EllipseCollection(
@@ -1725,6 +1735,7 @@ def run(args):
             mask = build_mask(image.data, mask, noise, args.mask_box)
             report_image(image, mask)
             field = subtract_background(image.data, mask, noise, method)
+            require_noise(field)
             found = find_sources(field)
             report_detections(field, found)
         target = field if other is None else subtract_other(other, mask, method)
@@ -1801,7 +1812,8 @@ def report_detections(field, found):
     elif method.err_option == "float_globalrms":
         log.info("threshold     %.6g (%g x rms)", thresh * rms, thresh)
     else:
-        typical = frame.differences(np.median(sample(*noise_of(field))))
+        noise = sample(*noise_of(field))
+        typical = frame.differences(float(np.median(noise)) if noise.size else 0.0)
         log.info("threshold     %.6g (%g x noise, median)", thresh * typical, thresh)
         warn_of_depth(method)
     log.info("sources       %d", len(found.objects))
@@ -1849,11 +1861,9 @@ def main(argv=None):
     if problem:
         parser.error(problem)
     start_logging(args)
-    for signum in STOPS:
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(signum, stop)
     try:
-        run(args)
+        with stopping_by(stop):
+            run(args)
     except InputError as error:
         print(f"{PROG}: error: {one_line(error)}", file=sys.stderr)
         return 1
