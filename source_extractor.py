@@ -981,11 +981,13 @@ def measure(field, objects, segmentation, settings):
         }
         for diameter in settings.aperture_diameters:
             flux, error, _ = sep.sum_circle(image, x, y, diameter / 2, **errors, **others)
+            if np.any(noise):
+                flux[error == 0] = error[error == 0] = np.nan  # no pixel of it is usable
             found[f"flux_{aperture(diameter)}"] = in_image_values(flux)
             found[f"fluxerr_{aperture(diameter)}"] = in_image_values(error)
     measured = pd.DataFrame(found, index=ids[sane])
     measured[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
-    measured["flag_auto"] = flag | kron_flag
+    measured["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
     measured = measured.reindex(ids).reset_index(drop=True)
     measured["flag_auto"] = measured["flag_auto"].fillna(sep.APER_ALLMASKED).astype(np.int64)
     measured["background"] = at_objects(field.level_map(), objects)
@@ -1045,7 +1047,8 @@ def windowed_centroids(image, labels, ids, x, y, radius):
         stamp, left, bottom = lone_stamp(image, labels, ids[i], x[i], y[i], reach[i])
         at_x, at_y, _ = sep.winpos(stamp, [x[i] - left], [y[i] - bottom], [sigma[i]])
         found[:, i] = at_x[0] + left, at_y[0] + bottom
-    strayed = np.hypot(found[0] - x, found[1] - y) > 2 * sigma
+    # Simulated sources that move by more are further from the truth than they were before.
+    strayed = np.hypot(found[0] - x, found[1] - y) > 0.5 * sigma
     found[:, strayed] = np.nan
     xwin[sized], ywin[sized] = found
     return xwin, ywin

@@ -71,6 +71,7 @@ def write_sky(path, size):
     less than that of the process that starts it, which therefore has to stay small.
     """
     from astropy.io import fits
+
     from sky import random_sources, simulate, tan_wcs
 
     shape = (size, size)

@@ -24,6 +24,7 @@ from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
 from astropy.wcs import WCS
+
 from sky import random_sources, simulate, tan_wcs
 from truth import detect, match, row_of
 

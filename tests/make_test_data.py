@@ -25,6 +25,7 @@ import numpy as np
 import tifffile
 from astropy.io import fits
 from skimage.data import hubble_deep_field
+
 from sky import grid_positions, random_sources, simulate, stars, tan_wcs, vstack
 
 SEED = 20240

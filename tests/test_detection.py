@@ -9,9 +9,9 @@ import sep
 import tifffile
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from sky import galaxies, random_sources, simulate, stars, vstack
 
 import source_extractor
+from sky import galaxies, random_sources, simulate, stars, vstack
 
 FIELDS = [
     *("thresh", "npix", "tnpix", "xmin", "xmax", "ymin", "ymax", "x", "y", "x2", "y2", "xy"),

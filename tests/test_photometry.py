@@ -15,10 +15,10 @@ from astropy.io import fits
 from astropy.io.votable.ucd import check_ucd
 from astropy.table import Table
 from numpy.testing import assert_allclose, assert_array_equal
-from sky import galaxies, grid_positions, random_sources, simulate, tan_wcs, vstack
-from sky import stars as star_table
 
 import source_extractor
+from sky import galaxies, grid_positions, random_sources, simulate, tan_wcs, vstack
+from sky import stars as star_table
 
 DATA = Path(__file__).parent.parent / "test-data"
 
@@ -285,7 +285,9 @@ def test_auto_is_seps_with_sextractors_recipe(measured):
     assert_allclose(measured.catalog["kron_radius"], kron, rtol=1e-6)
     assert_allclose(measured.catalog["flux_auto"], flux, rtol=1e-6, atol=1e-3)
     assert_allclose(measured.catalog["fluxerr_auto"], error, rtol=1e-6)
-    assert_array_equal(measured.catalog["flag_auto"], flag | kron_flag)
+    of_the_larger_reach = sep.APER_TRUNC | sep.APER_HASMASKED
+    flag |= kron_flag & ~of_the_larger_reach
+    assert_array_equal(measured.catalog["flag_auto"], flag)
 
 
 def test_the_zeropoint_shifts_all_magnitudes_and_nothing_else(run, write, stars):

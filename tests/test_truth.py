@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+
 from sky import galaxies, grid_positions, simulate, stars
 
 MASK_BOXES = (4, 140, 215, 351), (232, 351, 12, 130)

@@ -36,6 +36,7 @@ import numpy as np
 import pandas as pd
 from astropy.io import fits
 from astropy.table import Table
+
 from sky import galaxies, grid_positions, random_sources, simulate, stars
 
 TOOL = Path(__file__).resolve().parent.parent / "source_extractor.py"
