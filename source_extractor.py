@@ -721,7 +721,9 @@ class Field:
 
     def rms_map(self):
         """Return the background RMS in image values."""
-        return self.frame.differences(self.background.rms())
+        rms = self.background.rms()
+        rms *= self.frame.scale
+        return rms
 
 
 def subtract_background(image, mask, noise, method):
@@ -990,8 +992,6 @@ def measure(field, objects, segmentation, settings):
     measured["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
     measured = measured.reindex(ids).reset_index(drop=True)
     measured["flag_auto"] = measured["flag_auto"].fillna(sep.APER_ALLMASKED).astype(np.int64)
-    measured["background"] = at_objects(field.level_map(), objects)
-    measured["rms"] = at_objects(field.rms_map(), objects)
     return measured
 
 
@@ -1006,6 +1006,29 @@ def sane_shapes(objects):
     theta = np.mod(theta + np.pi / 2, np.pi) - np.pi / 2
     sane = np.isfinite(x + y + a + theta) & (b > 0)
     return *(values[sane] for values in (x, y, a, b, theta)), sane
+
+
+def survey_background(field, target, objects, write):
+    """Have the background and its RMS written, one at a time; return what they are at the objects.
+
+    Parameters
+    ----------
+    field, target : Field
+        Whose maps are written, and whose values are returned.
+    objects : structured ndarray
+    write : callable
+        Takes the name of the product and the map (ny, nx), in image values.
+
+    Returns
+    -------
+    dict of str to ndarray
+    """
+    local = {}
+    for product, make_map in (("background", Field.level_map), ("rms", Field.rms_map)):
+        values = make_map(field)
+        write(product, values)
+        local[product] = at_objects(values if target is field else make_map(target), objects)
+    return local
 
 
 def at_objects(values, objects):
@@ -1185,7 +1208,7 @@ def build_catalog(objects, frame, measured, wcs, settings):
     frame : Frame
         The one they were found in.
     measured : DataFrame
-        What `measure` found, in image values.
+        What `measure` found, and the background and its RMS there, in image values.
     wcs : WCS or None
     settings : PhotometrySettings
     """
@@ -1289,7 +1312,7 @@ def stopping_by(handler):
 
 
 @stage
-def write_image(path, data, form, wcs, history, unit=None):
+def write_image(path, data, form, wcs, history, unit):
     """Write an image product.
 
     Parameters
@@ -1302,7 +1325,7 @@ def write_image(path, data, form, wcs, history, unit=None):
     wcs : WCS or None
     history : list of str
         HISTORY cards, or the description of the TIFF.
-    unit : str, optional
+    unit : str or None
         BUNIT.
     """
     if form == "tiff" or (form is None and path.suffix.lower() in (".tif", ".tiff")):
@@ -1469,7 +1492,7 @@ def draw_overlay(path, field, catalog):
         (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height)
     )
     show_sources(axes, field, catalog)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format="png", pil_kwargs={"compress_level": 3})
 
 
 @stage
@@ -1743,6 +1766,9 @@ def run(args):
             report_detections(field, found)
         target = field if other is None else subtract_other(other, mask, method)
         measured = measure(target, found.objects, found.segmentation, photometry)
+        write = partial(write_map, paths, args, image)
+        local = survey_background(field, target, found.objects, write)
+        measured = measured.assign(**local)
         catalog = build_catalog(found.objects, field.frame, measured, image.wcs, photometry)
         write_products(paths, args, image, field, found.segmentation, catalog)
     for product, path in targets.items():
@@ -1773,21 +1799,25 @@ def choose_method(args):
     )
 
 
-def write_products(paths, args, image, field, segmentation, catalog):
-    """Write the products that have a path."""
+def write_map(paths, args, image, product, values):
+    """Write an image product, float32 unless the image is float64, with WCS and unit."""
+    unit = None if product == "segmentation" else image.unit
+    if values.dtype == np.float64 and image.dtype != "float64":
+        values = values.astype(np.float32)
     history = describe_run(args)
-    write = partial(write_image, form=args.image_format, wcs=image.wcs, history=history)
-    dtype = np.float64 if image.dtype == "float64" else np.float32
-    write(paths["background"], field.level_map().astype(dtype, copy=False), unit=image.unit)
-    write(paths["rms"], field.rms_map().astype(dtype, copy=False), unit=image.unit)
-    write(paths["segmentation"], segmentation)
+    write_image(paths[product], values, args.image_format, image.wcs, history, unit)
+
+
+def write_products(paths, args, image, field, segmentation, catalog):
+    """Write the products that have a path, but for the background's."""
+    write_map(paths, args, image, "segmentation", segmentation)
     write_catalog(paths["catalog"], catalog)
     draw_overlay(paths["overlay"], field, catalog)
     if "subtracted" in paths:
         residual = field.frame.differences(field.residual)
-        write(paths["subtracted"], residual, unit=image.unit)
+        write_map(paths, args, image, "subtracted", residual)
     if "catalog_fits" in paths:
-        columns = catalog_columns(args.aperture_diameters)
+        columns, history = catalog_columns(args.aperture_diameters), describe_run(args)
         write_catalog_fits(paths["catalog_fits"], catalog, columns, image.unit, history)
     if "regions" in paths:
         write_regions(paths["regions"], catalog, image.wcs)

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import sep
 from astropy.io import fits
+from astropy.wcs import WCS
 from matplotlib.patches import Ellipse
 
 
@@ -36,10 +37,26 @@ def main(image_path, output_dir):
         subtracted, 1.5, err=background.globalrms, segmentation_map=True
     )
 
+    theta = np.clip(sources["theta"], -np.pi / 2, np.pi / 2)
+    shape = sources["x"], sources["y"], sources["a"], sources["b"], theta
+    neighbours = {"segmap": segmentation, "seg_id": np.arange(1, len(sources) + 1)}
+    kron, _ = sep.kron_radius(subtracted, *shape, 6.0, **neighbours)
+    flux, error, _ = sep.sum_ellipse(
+        subtracted, *shape, 2.5 * kron, err=background.globalrms, subpix=1, **neighbours
+    )
+    radius, _ = sep.flux_radius(
+        subtracted, *shape[:2], 6 * sources["a"], 0.5, normflux=flux, subpix=5, **neighbours
+    )
+    xwin, ywin, _ = sep.winpos(subtracted, *shape[:2], 2 / 2.35 * radius)
+    ra, dec = WCS(fits.getheader(image_path)).all_pix2world(*shape[:2], 0)
+
     fits.writeto(output / "background.fits", level, overwrite=True)
     fits.writeto(output / "rms.fits", noise, overwrite=True)
     fits.writeto(output / "segmentation.fits", segmentation, overwrite=True)
-    pd.DataFrame(sources).to_csv(output / "catalog.tsv", sep="\t", index=False)
+    catalog = pd.DataFrame(sources).assign(
+        ra=ra, dec=dec, flux_auto=flux, fluxerr_auto=error, flux_radius=radius, xwin=xwin, ywin=ywin
+    )
+    catalog.to_csv(output / "catalog.tsv", sep="\t", index=False)
 
     ny, nx = data.shape
     figure, axes = plt.subplots(figsize=(nx / 100, ny / 100), dpi=100)

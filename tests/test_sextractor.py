@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+
 from compare_sextractor import (
     COMPARED,
     LEAST_MATCHED,
