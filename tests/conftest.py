@@ -24,7 +24,7 @@ class Run:
 
     @property
     def catalog(self):
-        return pd.read_csv(self.directory / "catalog.tsv", sep="\t", float_precision="round_trip")
+        return pd.read_csv(self.directory / "catalog.tsv", sep="\t")
 
     def image(self, product):
         return fits.getdata(self.directory / f"{product}.fits")

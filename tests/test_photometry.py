@@ -39,7 +39,7 @@ def extract(*arguments):
     arguments = [str(argument) for argument in arguments]
     assert source_extractor.main(["-q", *arguments]) == 0
     directory = Path(arguments[arguments.index("-o") + 1])
-    return pd.read_csv(directory / "catalog.tsv", sep="\t", float_precision="round_trip")
+    return pd.read_csv(directory / "catalog.tsv", sep="\t")
 
 
 def nearest(catalog, x, y):

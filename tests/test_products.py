@@ -84,7 +84,7 @@ def nine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def catalog(nine):
-    return pd.read_csv(nine / "catalog.tsv", sep="\t", float_precision="round_trip")
+    return pd.read_csv(nine / "catalog.tsv", sep="\t")
 
 
 # ---------------------------------------------------------------------------------------------
