@@ -68,17 +68,17 @@ def about(name):
         raise InputError(f"{name}: {error}") from error
 
 
-def stage(function):
+def timed(function):
     """Report at debug level how long each call of `function` took."""
 
     @wraps(function)
-    def timed(*args, **kwargs):
+    def wrapper(*args, **kwargs):
         start = time.perf_counter()
         result = function(*args, **kwargs)
         log.debug("%-22s %7.2f s", function.__name__, time.perf_counter() - start)
         return result
 
-    return timed
+    return wrapper
 
 
 # ---------------------------------------------------------------------------------------------
@@ -370,6 +370,8 @@ def celestial_wcs(path, hdus, header, axes):
 def open_tiff(path):
     """Open the first series of a TIFF file as a `Stack`."""
     with tifffile.TiffFile(path) as tiff:
+        if len(tiff.series) > 1:
+            log.warning("%s: read the first of its %d images", path, len(tiff.series))
         series = tiff.series[0]
         axes, shape, page = series.axes, series.shape, series.keyframe
         image_axes = [axes.index("Y"), axes.index("X")]
@@ -396,7 +398,7 @@ def to_float(data):
     return np.require(data, np.float64 if data.dtype.itemsize > exact else np.float32, ["C", "W"])
 
 
-@stage
+@timed
 def read_image(path, hdu=None, plane=None):
     """Read the plane to work on; parameters and errors as in `read_plane`.
 
@@ -426,13 +428,13 @@ def read_aligned(path, hdu, plane, shape):
     return found.data
 
 
-@stage
+@timed
 def read_mask(path, hdu, plane, maskthresh, shape):
     """Read a mask, True where its value exceeds `maskthresh` or is NaN; shape (ny, nx)."""
     return ~(read_aligned(path, hdu, plane, shape) <= maskthresh)
 
 
-@stage
+@timed
 def read_noise(path, hdu, plane, kind, shape):
     """Read a noise image as standard deviations, in the image's unit.
 
@@ -476,16 +478,21 @@ def read_measure_image(path, hdu, plane, image):
     return other
 
 
+# Corners and centre of an image, in parts of its width and of its height.
+SPOTS = (0, 1, 0, 1, 0.5), (0, 0, 1, 1, 0.5)
+
+
 def wcs_offset(one, other, shape):
-    """Return how far apart, in pixels, two WCS put the corners of an image (ny, nx) at the most."""
-    x, y = np.meshgrid([0, shape[1] - 1], [0, shape[0] - 1])
+    """Return how far apart, in pixels, two WCS put corners and centre of an image (ny, nx)."""
+    x, y = (np.array(at) * (n - 1) for at, n in zip(SPOTS, shape[::-1], strict=True))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             there = other.world_to_pixel(one.pixel_to_world(x, y))
     except Exception:  # wcslib and the frames raise many kinds
         return math.inf
-    return float(np.nanmax(np.hypot(there[0] - x, there[1] - y), initial=0))
+    gaps = np.hypot(there[0] - x, there[1] - y)
+    return float(np.nanmax(gaps)) if np.isfinite(gaps).any() else math.inf
 
 
 # ---------------------------------------------------------------------------------------------
@@ -620,15 +627,16 @@ class Frame:
         """Choose the frame of an image, from a sample of its pixels that are not masked."""
         values = sample(image, mask).astype(np.float64)
         low, middle, high = (float(value) for value in np.percentile(values, [16, 50, 84]))
-        spread = (high - low) / 2 or float(np.std(values))
+        spread = (high / 2 - low / 2) or float(np.abs(values / 2 - middle / 2).max())
         offset = middle if abs(middle) > 1e4 * spread else 0.0
         extreme = spread > 0 and not 1e-12 < spread < 1e12
         return cls(offset, 2.0 ** round(math.log2(spread)) if extreme else 1.0)
 
     def enter(self, image):
         """Bring an image into the frame, in place."""
-        image -= self.offset
-        image /= self.scale
+        with np.errstate(over="ignore"):
+            image -= self.offset
+            image /= self.scale
 
     def levels(self, values):
         """Bring levels back into image values, in place, and return them."""
@@ -654,13 +662,14 @@ PIXEL_STACK = 300_000
 SUB_OBJECTS = 1024
 MAX_SUB_OBJECTS = 32767
 
-# What SEP itself puts for the noise of a masked pixel.
+# What SEP itself puts for the noise of a masked pixel, and the largest number that it can sum.
 NO_WEIGHT = 1e30
+LARGEST = 1e30
 
 
 @dataclass(frozen=True)
 class Method:
-    """How to find sources: all that is the same for every image."""
+    """How to find sources: all that is the same for every image, in its values."""
 
     kernel: np.ndarray | None
     err_option: str
@@ -679,9 +688,13 @@ class Method:
         return replace(self, background=background, extraction=extraction)
 
     def for_another_image(self):
-        """Return the method without what was given for one image only: its noise, a threshold."""
-        array = self.err_option == "array_rms"
-        return self if array else replace(self, err_option="float_globalrms")
+        """Return the method without what was given for one image only: noise, or threshold."""
+        if self.err_option == "array_rms":
+            return self
+        extraction = self.extraction
+        if self.err_option == "none":
+            extraction = replace(extraction, thresh=ExtractionSettings.thresh)
+        return replace(self, err_option="float_globalrms", extraction=extraction)
 
 
 class Detections(NamedTuple):
@@ -693,27 +706,27 @@ class Detections(NamedTuple):
 
 @dataclass(frozen=True)
 class Field:
-    """An image with its background taken off, as `subtract_background` leaves it.
+    """An image with its background taken off.
 
     Attributes
     ----------
     residual : ndarray, shape (ny, nx)
     mask : ndarray of bool, shape (ny, nx)
-    noise : ndarray, shape (ny, nx), or None
-        The noise image that was given.
+        True also where there is no usable noise.
+    noise : float or ndarray of shape (ny, nx)
+        Standard deviations to detect and to measure against.
+    background : sep.Background
+    method : Method
     frame : Frame
         In which all of these are.
-    method : Method
-        For the frame.
-    background : sep.Background
     """
 
     residual: np.ndarray
     mask: np.ndarray
-    noise: np.ndarray | None
-    frame: Frame
-    method: Method
+    noise: float | np.ndarray
     background: sep.Background
+    method: Method
+    frame: Frame
 
     def level_map(self):
         """Return the background in image values."""
@@ -724,6 +737,11 @@ class Field:
         rms = self.background.rms()
         rms *= self.frame.scale
         return rms
+
+    def is_noiseless(self):
+        """Tell if the noise was to be measured, and there is none."""
+        measured = self.method.err_option in ("float_globalrms", "array_rms")
+        return measured and global_rms(self.background) == 0
 
 
 def subtract_background(image, mask, noise, method):
@@ -748,6 +766,8 @@ def subtract_background(image, mask, noise, method):
     """
     frame = Frame.of(image, mask)
     frame.enter(image)
+    if not -LARGEST < image.min() <= image.max() < LARGEST:
+        mask = mask | ~(np.abs(image) < LARGEST)
     method = method.within(frame)
     if noise is not None:
         noise = noise / frame.scale
@@ -758,14 +778,33 @@ def subtract_background(image, mask, noise, method):
             "of its pixels unmasked; mask less, or take other boxes with --bw and --bh"
         )
     if method.background_passes == 2:
-        first = Field(image - background, mask, noise, frame, method, background)
-        grown = grow_mask(mask, find_sources(first).objects)
-        again = estimate_background(image, grown, method.background)
-        if again is None:
-            log.warning("sources fill every background box: kept the background of the first pass")
-        background = again or background
+        residual = image - background
+        first = settle_noise(Field(residual, mask, noise, background, method, frame))
+        background = estimate_again(image, mask, first) or background
     background.subfrom(image)
-    return Field(image, mask, noise, frame, method, background)
+    return settle_noise(Field(image, mask, noise, background, method, frame))
+
+
+def estimate_again(image, mask, first):
+    """Return the background with the sources of a first `Field` masked, or None if that fails."""
+    if first.is_noiseless():
+        return None
+    grown = grow_mask(mask, find_sources(first).objects)
+    background = estimate_background(image, grown, first.method.background)
+    if background is None:
+        log.warning("sources fill every background box: kept the background of the first pass")
+    return background
+
+
+def settle_noise(field):
+    """Return the field with the noise that its method wants, where it had the one given, if any."""
+    if field.method.err_option in ("none", "float_globalrms") or field.is_noiseless():
+        return replace(field, noise=global_rms(field.background))
+    given = field.method.err_option == "file"
+    noise = field.noise.copy() if given else field.background.rms()
+    mask = field.mask | ~usable(noise)
+    noise[mask] = NO_WEIGHT
+    return replace(field, noise=noise, mask=mask)
 
 
 def subtract_other(other, mask, method):
@@ -775,7 +814,7 @@ def subtract_other(other, mask, method):
         return subtract_background(other.data, mask, None, method.for_another_image())
 
 
-@stage
+@timed
 def estimate_background(image, mask, settings):
     """Return the `sep.Background` of an image (ny, nx), or None if SEP could use no box of it."""
     # SEP allocates whole boxes, also those larger than the image.
@@ -808,36 +847,16 @@ def global_rms(background):
     return 0.0 if rms == 1 and not background.rms().any() else rms
 
 
-def noise_of(field):
-    """Return the noise to detect and measure against, and the mask with its bad pixels added.
-
-    Returns
-    -------
-    noise : float or ndarray of shape (ny, nx)
-        Standard deviations.
-    mask : ndarray of bool, shape (ny, nx)
-    """
-    if field.method.err_option in ("none", "float_globalrms"):
-        return global_rms(field.background), field.mask
-    measured = field.method.err_option == "array_rms"
-    noise = field.background.rms() if measured else field.noise
-    mask = field.mask | ~usable(noise)
-    return np.where(mask, noise.dtype.type(NO_WEIGHT), noise), mask
-
-
 def require_noise(field):
-    """Refuse sources without noise if the threshold is to be a multiple of the measured one."""
-    if field.method.err_option in ("none", "file") or global_rms(field.background) > 0:
-        return
-    if field.residual[~field.mask].any():
+    """Refuse sources in a field without the noise that the threshold is to be a multiple of."""
+    if field.is_noiseless() and field.residual[~field.mask].any():
         raise InputError(
             "the background has no noise, so a threshold in units of it has no meaning; give an "
             "absolute one with --err-option none, or the noise with --err-option file"
         )
-    log.warning("the image is constant: no sources")
 
 
-@stage
+@timed
 def find_sources(field):
     """Run `sep.extract`, with its internal limits grown as far as this image needs.
 
@@ -849,10 +868,8 @@ def find_sources(field):
     -------
     Detections
     """
-    residual, kernel = field.residual, field.method.kernel
-    noise, mask = noise_of(field)
-    if field.method.err_option == "none":
-        noise = None
+    residual, mask, kernel = field.residual, field.mask, field.method.kernel
+    noise = None if field.method.err_option == "none" else field.noise
     sep.set_extract_pixstack(PIXEL_STACK)
     sep.set_sub_object_limit(SUB_OBJECTS)
     # SEP filters the first rows before it has applied the mask to them.
@@ -891,15 +908,6 @@ def grow_limits(error, pixels):
         raise InputError(f"SEP gave up: {one_line(error)}") from error
 
 
-def matched_depth(kernel):
-    """Return how many times fainter a matched filter with a noise array goes than a global noise.
-
-    For white noise: SEP compares sum(k f / n²) / sqrt(sum(k² / n²)) with the threshold where it
-    has an array n, but sum(k f) / sum|k| with the threshold times n where it has one number.
-    """
-    return float(np.abs(kernel).sum() / np.sqrt(np.square(kernel).sum()))
-
-
 # ---------------------------------------------------------------------------------------------
 # Measurements
 # ---------------------------------------------------------------------------------------------
@@ -930,7 +938,7 @@ def masked_as_neighbours(segmentation, mask):
         segmentation[mask] = hidden
 
 
-@stage
+@timed
 def measure(field, objects, segmentation, settings):
     """Measure sizes, Kron and aperture fluxes, and windowed centroids.
 
@@ -958,9 +966,8 @@ def measure(field, objects, segmentation, settings):
     """
     ids = np.arange(1, len(objects) + 1, dtype=np.int32)
     x, y, a, b, theta, sane = sane_shapes(objects)
-    noise, mask = noise_of(field)
-    image, errors = field.residual, {"err": noise, "gain": field.method.extraction.gain}
-    with masked_as_neighbours(segmentation, mask) as labels:
+    image, errors = field.residual, {"err": field.noise, "gain": field.method.extraction.gain}
+    with masked_as_neighbours(segmentation, field.mask) as labels:
         others = {"segmap": labels, "seg_id": ids[sane]}
         r_k, kron_flag = sep.kron_radius(image, x, y, a, b, theta, KRON_REACH, **others)
         r_k = np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
@@ -983,8 +990,9 @@ def measure(field, objects, segmentation, settings):
         }
         for diameter in settings.aperture_diameters:
             flux, error, _ = sep.sum_circle(image, x, y, diameter / 2, **errors, **others)
-            if np.any(noise):
-                flux[error == 0] = error[error == 0] = np.nan  # no pixel of it is usable
+            if np.any(field.noise):
+                empty = error == 0
+                flux[empty], error[empty] = np.nan, np.nan
             found[f"flux_{aperture(diameter)}"] = in_image_values(flux)
             found[f"fluxerr_{aperture(diameter)}"] = in_image_values(error)
     measured = pd.DataFrame(found, index=ids[sane])
@@ -1112,7 +1120,10 @@ def lone_stamp(image, labels, label, x, y, reach):
 
 
 class Column(NamedTuple):
-    """A column of the catalogue; the unit "image" is that of the pixels, the UCD is IVOA's."""
+    """A column of the catalogue: the unit may be that of the "image", or of the "measured" one.
+
+    The UCD says what it is in the words of the IVOA.
+    """
 
     name: str
     unit: str | None
@@ -1165,13 +1176,13 @@ COLUMNS = (
     Column("dec", "deg", "pos.eq.dec;meta.main", "declination of (x, y), ICRS"),
     Column("elongation", None, "src.morph.param", "a / b"),
     Column("fwhm", "pixel", "phys.angSize", "FWHM of a Gaussian of the same a and b"),
-    Column("background", "image", "instr.background", "background level at the object"),
-    Column("rms", "image", "stat.stdev;instr.background", "background RMS at the object"),
+    Column("background", "measured", "instr.background", "background level at the object"),
+    Column("rms", "measured", "stat.stdev;instr.background", "background RMS at the object"),
     Column(
         "kron_radius", None, "phys.angSize", "Kron radius of the AUTO ellipse in units of a and b"
     ),
-    Column("flux_auto", "image", "phot.flux", "flux in the Kron ellipse"),
-    Column("fluxerr_auto", "image", "stat.error;phot.flux", "error of flux_auto"),
+    Column("flux_auto", "measured", "phot.flux", "flux in the Kron ellipse"),
+    Column("fluxerr_auto", "measured", "stat.error;phot.flux", "error of flux_auto"),
     Column("mag_auto", "mag", "phot.mag", "magnitude of flux_auto"),
     Column("magerr_auto", "mag", "stat.error;phot.mag", "error of mag_auto"),
     Column("snr", None, "stat.snr", "flux_auto / fluxerr_auto"),
@@ -1190,8 +1201,8 @@ def catalog_columns(diameters):
         Column(f"{name}_{aperture(diameter)}", unit, ucd, f"{text}, {diameter:.15g} pixels wide")
         for diameter in diameters
         for name, unit, ucd, text in (
-            ("flux", "image", "phot.flux", "flux in a circle"),
-            ("fluxerr", "image", "stat.error;phot.flux", "error of the flux in a circle"),
+            ("flux", "measured", "phot.flux", "flux in a circle"),
+            ("fluxerr", "measured", "stat.error;phot.flux", "error of the flux in a circle"),
             ("mag", "mag", "phot.mag", "magnitude in a circle"),
             ("magerr", "mag", "stat.error;phot.mag", "error of the magnitude in a circle"),
         )
@@ -1274,23 +1285,25 @@ def staged(targets):
     """
     token = secrets.token_hex(4)
     parts = {}
+    where = targets["catalog"].parent
     try:
         for name, target in targets.items():
+            where = target
             target.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
                 target.stat()  # fails now rather than at the end if its name can't be one
             part = target.with_name(f".{name}-{token}{target.suffix}")
             part.touch(exist_ok=False)
             parts[name] = part
+        where = targets["catalog"].parent
         yield parts
         with stopping_by(signal.SIG_IGN):
             for name in list(parts):
                 parts.pop(name).replace(targets[name])
     except OSError as error:
         reason = error.strerror or one_line(error)
-        where = error.filename or targets["catalog"].parent
         raise InputError(
-            f"{where}: products can't be written ({reason}); free space or choose another place"
+            f"{where}: can't be written ({reason}); make room or choose another place"
         ) from error
     finally:
         for part in parts.values():
@@ -1311,7 +1324,7 @@ def stopping_by(handler):
             signal.signal(signum, before[signum])
 
 
-@stage
+@timed
 def write_image(path, data, form, wcs, history, unit):
     """Write an image product.
 
@@ -1345,14 +1358,14 @@ def write_image(path, data, form, wcs, history, unit):
         hdus.writeto(path, overwrite=True, output_verify="exception")
 
 
-@stage
+@timed
 def write_catalog(path, catalog):
     """Write the catalogue as tab-separated text: one line of names, full precision, `nan`."""
     catalog.to_csv(path, sep="\t", index=False, na_rep="nan", lineterminator="\n")
 
 
-@stage
-def write_catalog_fits(path, catalog, columns, unit, history):
+@timed
+def write_catalog_fits(path, catalog, columns, units, history):
     """Write the catalogue as a FITS binary table with units, descriptions and UCDs."""
     table = Table.from_pandas(catalog)
     for column in columns:
@@ -1364,15 +1377,15 @@ def write_catalog_fits(path, catalog, columns, unit, history):
     with fits.open(buffer) as hdus:
         header = hdus[1].header
         for number, column in enumerate(columns, start=1):
-            column_unit = unit if column.unit == "image" else column.unit
-            if column_unit:
-                header[f"TUNIT{number}"] = column_unit
+            unit = units.get(column.unit, column.unit)
+            if unit:
+                header[f"TUNIT{number}"] = unit
             header[f"TCOMM{number}"] = column.description
             header[f"TUCD{number}"] = column.ucd
         hdus.writeto(path, overwrite=True)
 
 
-@stage
+@timed
 def write_regions(path, catalog, wcs):
     """Write a DS9 region file: ellipses of semi-axes 3a and 3b, labelled with the id.
 
@@ -1482,7 +1495,7 @@ def show_sources(axes, field, catalog):
     return drawn
 
 
-@stage
+@timed
 def draw_overlay(path, field, catalog):
     """Draw the picture of the sources (PNG)."""
     width, height = panel_size(field.residual.shape)
@@ -1495,7 +1508,7 @@ def draw_overlay(path, field, catalog):
     figure.savefig(path, format="png", pil_kwargs={"compress_level": 3})
 
 
-@stage
+@timed
 def draw_overview(path, field, catalog, segmentation):
     """Draw four panels with colour bars: sources, background, RMS, segmentation (PNG)."""
     shape = segmentation.shape
@@ -1542,7 +1555,7 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
         if value > maximum:
             raise argparse.ArgumentTypeError(f"{text} is more than {maximum}")
         if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{text} is not more than {above}")
+            raise argparse.ArgumentTypeError(f"{text} is no more than {above}")
         if odd and value % 2 == 0:
             raise argparse.ArgumentTypeError(f"{text} is even; take an odd number")
         return value
@@ -1580,7 +1593,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{PROG}: error: {one_line(message)} (see --help)\n")
 
 
-def flag(name):
+def option_of(name):
     """Return the option that argparse stores under this name."""
     return "--" + name.replace("_", "-")
 
@@ -1598,6 +1611,7 @@ def build_parser():
     """Return the parser of the command line."""
     parser = Parser(
         prog=PROG,
+        usage="%(prog)s IMAGE [options]",
         description="Find and measure the sources in an image: background, noise, segmentation "
         "map, picture and catalogue.",
         allow_abbrev=False,
@@ -1679,7 +1693,9 @@ def build_parser():
         text = f"default: {name}" + ("" if "." in name else ".fits or .tiff")
         group.add_argument(f"--{product}", type=Path, metavar="PATH", help=text)
     for product, text in ON_REQUEST.items():
-        group.add_argument(flag(product), type=Path, metavar="PATH", help=text + "; on request")
+        group.add_argument(
+            option_of(product), type=Path, metavar="PATH", help=text + "; on request"
+        )
     group.add_argument(
         "--image-format",
         choices=tuple(SUFFIXES),
@@ -1704,10 +1720,10 @@ def check_usage(args):
         ("measure_plane", "measure_image"),
     ):
         if getattr(args, name) is not None and getattr(args, needed) is None:
-            return f"{flag(name)} needs {flag(needed)}"
+            return f"{option_of(name)} needs {option_of(needed)}"
     for choice, path in (("err_option", "err_file"), ("filter_case", "filter_file")):
         if (getattr(args, choice) == "file") != (getattr(args, path) is not None):
-            return f"{flag(choice)} file and {flag(path)} need each other"
+            return f"{option_of(choice)} file and {option_of(path)} need each other"
     for xmin, xmax, ymin, ymax in args.mask_box:
         if xmin > xmax or ymin > ymax:
             return f"--mask-box {xmin} {xmax} {ymin} {ymax}: the order is XMIN XMAX YMIN YMAX"
@@ -1716,7 +1732,7 @@ def check_usage(args):
         return "--aperture-diameters: each diameter may be given once"
     taken = {os.path.realpath(path) for path in inputs if path}
     for product, path in product_paths(args).items():
-        option, real = flag(product), os.path.realpath(path)
+        option, real = option_of(product), os.path.realpath(path)
         if real in taken:
             return f"{option} {path}: another option names this file already"
         if os.path.exists(path) and not os.path.isfile(path):
@@ -1739,17 +1755,18 @@ def product_paths(args):
     return paths
 
 
-def describe_run(args):
+def describe_run(args, image):
     """Return lines that say with which version and parameters the products were made."""
     elsewhere = {"output_dir", "image_format", "verbose", "quiet", *ALWAYS, *ON_REQUEST}
     lines = [f"{PROG} {__version__} (sep {sep.__version__})"]
-    for name, value in vars(args).items():
+    taken = vars(args) | {"hdu": image.name.removeprefix(str(args.image)) or None}
+    for name, value in taken.items():
         if name not in elsewhere and value not in (None, [], ()):
             lines.append(f"{name} = {value.name if isinstance(value, Path) else value!a}")
     return lines
 
 
-@stage
+@timed
 def run(args):
     """Do the whole work, from the image to its products."""
     image = read_image(args.image, args.hdu, args.plane)
@@ -1770,7 +1787,7 @@ def run(args):
         local = survey_background(field, target, found.objects, write)
         measured = measured.assign(**local)
         catalog = build_catalog(found.objects, field.frame, measured, image.wcs, photometry)
-        write_products(paths, args, image, field, found.segmentation, catalog)
+        write_products(paths, args, image, other, field, found.segmentation, catalog)
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
 
@@ -1804,11 +1821,11 @@ def write_map(paths, args, image, product, values):
     unit = None if product == "segmentation" else image.unit
     if values.dtype == np.float64 and image.dtype != "float64":
         values = values.astype(np.float32)
-    history = describe_run(args)
+    history = describe_run(args, image)
     write_image(paths[product], values, args.image_format, image.wcs, history, unit)
 
 
-def write_products(paths, args, image, field, segmentation, catalog):
+def write_products(paths, args, image, other, field, segmentation, catalog):
     """Write the products that have a path, but for the background's."""
     write_map(paths, args, image, "segmentation", segmentation)
     write_catalog(paths["catalog"], catalog)
@@ -1817,8 +1834,9 @@ def write_products(paths, args, image, field, segmentation, catalog):
         residual = field.frame.differences(field.residual)
         write_map(paths, args, image, "subtracted", residual)
     if "catalog_fits" in paths:
-        columns, history = catalog_columns(args.aperture_diameters), describe_run(args)
-        write_catalog_fits(paths["catalog_fits"], catalog, columns, image.unit, history)
+        columns, history = catalog_columns(args.aperture_diameters), describe_run(args, image)
+        units = {"image": image.unit, "measured": (other or image).unit}
+        write_catalog_fits(paths["catalog_fits"], catalog, columns, units, history)
     if "regions" in paths:
         write_regions(paths["regions"], catalog, image.wcs)
     if "overview" in paths:
@@ -1842,27 +1860,33 @@ def report_detections(field, found):
     thresh = method.extraction.thresh
     if method.err_option == "none":
         log.info("threshold     %.6g (absolute)", frame.differences(thresh))
-    elif method.err_option == "float_globalrms":
+    elif np.ndim(field.noise) == 0:
         log.info("threshold     %.6g (%g x rms)", thresh * rms, thresh)
     else:
-        noise = sample(*noise_of(field))
-        typical = frame.differences(float(np.median(noise)) if noise.size else 0.0)
+        typical = frame.differences(float(np.median(sample(field.noise, field.mask))))
         log.info("threshold     %.6g (%g x noise, median)", thresh * typical, thresh)
         warn_of_depth(method)
     log.info("sources       %d", len(found.objects))
-    if not len(found.objects):
+    if field.is_noiseless():
+        log.warning("the image is constant: no sources")
+    elif not len(found.objects):
         log.warning("no sources found: the catalogue and the segmentation map are empty")
 
 
 def warn_of_depth(method):
-    """Tell how much fainter than a global noise a matched filter with a noise image detects."""
-    if method.kernel is None or method.extraction.filter_type != "matched":
+    """Tell how much deeper than on a global noise a matched filter goes with a noise image.
+
+    For white noise: SEP compares sum(k f / n^2) / sqrt(sum(k^2 / n^2)) with the threshold where it
+    has an array n, but sum(k f) / sum|k| with n times the threshold where it has one number.
+    """
+    kernel, thresh = method.kernel, method.extraction.thresh
+    if kernel is None or method.extraction.filter_type != "matched":
         return
-    deeper, thresh = matched_depth(method.kernel), method.extraction.thresh
+    depth = float(np.abs(kernel).sum() / np.sqrt(np.square(kernel).sum()))
     log.warning(
-        "the matched filter on a noise image detects %.2f times fainter than --thresh %g on the "
-        "global RMS; --thresh %.3g reaches as deep as that",
-        *(deeper, thresh, thresh * deeper),
+        "with a noise image the matched filter goes %.2f times deeper: --thresh %g is as %.3g on "
+        "the global RMS, and %.3g as %g there; --filter-type conv goes no deeper",
+        *(depth, thresh, thresh / depth, thresh * depth, thresh),
     )
 
 
@@ -1898,9 +1922,13 @@ def main(argv=None):
         with stopping_by(stop):
             run(args)
     except InputError as error:
-        print(f"{PROG}: error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+        problem = one_line(error)
+    except MemoryError:
+        problem = f"{args.image}: not enough memory; cut the image into parts"
+    else:
+        return 0
+    print(f"{PROG}: error: {problem}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

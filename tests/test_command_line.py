@@ -165,9 +165,9 @@ BOUNDS = {
     "--deblend-cont": (["0", "1"], ["-0.001", "1.001"]),
     "--clean-param": ([TINY, BIG], ["0", "-1"]),
     "--zeropoint": (["-1e300", BIG], []),
-    "--kron-factor": ([TINY, BIG], ["0", "-2.5"]),
-    "--kron-min-radius": (["0", BIG], ["-1e-300"]),
-    "--aperture-diameters": ([TINY], ["0", "-3"]),
+    "--kron-factor": ([TINY, "100"], ["0", "-2.5", "100.001"]),
+    "--kron-min-radius": ([TINY, "100"], ["0", "-3.5", "100.001"]),
+    "--aperture-diameters": ([TINY, "10000"], ["0", "-3", "10001"]),
     "--measure-plane": (["0"], ["-1", "0.5"]),
 }
 

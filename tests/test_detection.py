@@ -583,7 +583,7 @@ def test_second_pass_respects_the_mask(run, write, stars):
 # How deep a noise image goes with a matched filter
 # ---------------------------------------------------------------------------------------------
 
-DEEPER = re.compile(r"warning: .* detects ([\d.]+) times fainter.*; --thresh ([\d.]+) ")
+DEEPER = re.compile(r"warning: .* goes ([\d.]+) times deeper.*, and ([\d.]+) as ")
 
 
 @pytest.mark.parametrize(
@@ -695,3 +695,15 @@ def test_any_image_ends_in_good_order(
     image[rng.random(shape) < masked] = np.nan
     tifffile.imwrite(tmp_path / "image.tiff", image)
     assert_sound(run(tmp_path / "image.tiff", "--err-option", option, "--minarea", 1))
+
+
+@pytest.mark.parametrize("value", [3.4e38, -3.4e38, 1e300, -1e300])
+def test_a_value_too_large_to_sum_is_masked(run, write, stars, value):
+    dtype = np.float32 if abs(value) < 1e39 else np.float64
+    image = stars.astype(dtype)
+    box = ("--mask-box", 100, 100, 50, 50)
+    expected = run(write(image, "good.fits"), *box).catalog
+    image[50, 100] = value
+    result = run(write(image, "bad.fits"))
+    assert (result.code, result.err) == (0, "")
+    pd.testing.assert_frame_equal(result.catalog, expected)

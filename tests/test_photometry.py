@@ -613,14 +613,9 @@ def test_no_object_gives_no_row(found):
     assert list(measured) == list(found.reference)
 
 
-def with_noise_image(field, noise):
-    method = replace(field.method, err_option="file")
-    return replace(field, noise=noise, method=method)
-
-
 def test_one_noise_and_the_same_noise_everywhere_are_the_same(found):
     rms = found.field.background.globalrms
-    field = with_noise_image(found.field, np.full(found.segmentation.shape, rms))
+    field = replace(found.field, noise=np.full(found.segmentation.shape, rms))
     measured = measure(field, found.objects, found.segmentation)
     pd.testing.assert_frame_equal(measured, found.reference)
 
@@ -631,7 +626,7 @@ def test_noise_that_is_nan_under_the_mask_does_not_matter(found):
     field = replace(found.field, mask=mask)
     noise = np.where(mask, np.nan, found.field.background.globalrms)
     pd.testing.assert_frame_equal(
-        measure(with_noise_image(field, noise), found.objects, found.segmentation),
+        measure(replace(field, noise=noise), found.objects, found.segmentation),
         measure(field, found.objects, found.segmentation),
     )
 
@@ -932,3 +927,25 @@ def test_every_column_has_a_ucd_of_the_ivoa(both_catalogs):
     for number in range(1, header["TFIELDS"] + 1):
         ucd = header[f"TUCD{number}"]
         assert check_ucd(ucd, check_controlled_vocabulary=True), header[f"TTYPE{number}"]
+
+
+def test_an_absolute_threshold_is_for_the_detection_image_alone(run, write):
+    image, options = (
+        crowded_sky(),
+        ("--err-option", "none", "--thresh", 5, "--background-passes", 2),
+    )
+    detection = write(image, "detection.fits")
+    one, hundred = (
+        run(detection, *options, "--measure-image", write(image * factor, f"{factor}.fits")).catalog
+        for factor in (1, 100)
+    )
+    assert_allclose(hundred["flux_auto"], 100 * one["flux_auto"], rtol=1e-3, atol=1)
+
+
+def test_measured_columns_have_the_unit_of_the_measured_image(run, write, stars, tmp_path):
+    detection = write(stars, "detection.fits", BUNIT="adu")
+    other = write(stars, "other.fits", BUNIT="nJy")
+    run(detection, "--measure-image", other, "--catalog-fits", tmp_path / "catalog.fits")
+    table = Table.read(tmp_path / "catalog.fits")
+    assert str(table["flux"].unit) == "adu"
+    assert str(table["flux_auto"].unit) == str(table["background"].unit) == "nJy"

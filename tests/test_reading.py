@@ -597,3 +597,14 @@ def data_or_message(path):
         return read_image(path, plane=0).data
     except InputError as error:
         return str(error)
+
+
+def test_a_tiff_of_several_images_gives_the_first_and_says_so(run, tmp_path, stars):
+    path = tmp_path / "two.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(stars)
+        tiff.write(stars[:50, :50])
+    result = run(path)
+    assert result.code == 0
+    assert result.image("segmentation").shape == stars.shape
+    assert "first of its 2 images" in result.err

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import source_extractor
-from source_extractor import ALWAYS, ON_REQUEST, build_parser, catalog_columns, flag
+from source_extractor import ALWAYS, ON_REQUEST, build_parser, catalog_columns, option_of
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-ACTIONS = {flag(a.dest): a for a in build_parser()._actions if a.option_strings}
+ACTIONS = {option_of(a.dest): a for a in build_parser()._actions if a.option_strings}
 IN_THE_FORM = {
     option: action
     for option, action in ACTIONS.items()
@@ -202,6 +202,6 @@ def test_every_test_file_is_used():
 
 
 def test_options_are_spelled_one_way():
-    assert flag("mask_box") == "--mask-box"
+    assert option_of("mask_box") == "--mask-box"
     for option, action in IN_THE_FORM.items():
-        assert flag(action.dest) == option
+        assert option_of(action.dest) == option
