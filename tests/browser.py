@@ -23,7 +23,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from galaxy import ROOT, Galaxy, running_galaxy
 
 TOOL_ID = "source_extractor"
-IMAGE = ROOT / "test-data" / "field.fits"
+IMAGE = ROOT / "test-data" / "sky.fits"
 WIDTH, HEIGHT = 1400, 1000
 TIMEOUT = 60
 JOB_TIMEOUT = 300
