@@ -395,6 +395,8 @@ def open_tiff(path):
 def to_float(data):
     """Return `data` as a native, contiguous, writable array: float64 where float32 would round."""
     exact = 4 if data.dtype.kind == "f" else 2
+    if not data.dtype.isnative and data.flags.writeable:
+        data = data.byteswap(inplace=True).view(data.dtype.newbyteorder())
     return np.require(data, np.float64 if data.dtype.itemsize > exact else np.float32, ["C", "W"])
 
 
@@ -819,7 +821,9 @@ def estimate_background(image, mask, settings):
     """Return the `sep.Background` of an image (ny, nx), or None if SEP could use no box of it."""
     # SEP allocates whole boxes, also those larger than the image.
     bw, bh = min(settings.bw, image.shape[1]), min(settings.bh, image.shape[0])
-    if mask.any() and not has_usable_box(mask, bw, bh):
+    if not mask.any():
+        mask = None  # SEP is faster without
+    elif not has_usable_box(mask, bw, bh):
         return None
     return sep.Background(image, mask=mask, **asdict(replace(settings, bw=bw, bh=bh)))
 
@@ -1505,7 +1509,7 @@ def draw_overlay(path, field, catalog):
         (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height)
     )
     show_sources(axes, field, catalog)
-    figure.savefig(path, format="png", pil_kwargs={"compress_level": 3})
+    figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
 
 
 @timed
