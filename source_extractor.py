@@ -1035,12 +1035,16 @@ def survey_background(field, target, objects, write):
     -------
     dict of str to ndarray
     """
-    local = {}
-    for product, make_map in (("background", Field.level_map), ("rms", Field.rms_map)):
+
+    def survey(product, make_map):
         values = make_map(field)
         write(product, values)
-        local[product] = at_objects(values if target is field else make_map(target), objects)
-    return local
+        return at_objects(values if target is field else make_map(target), objects)
+
+    return {
+        "background": survey("background", Field.level_map),
+        "rms": survey("rms", Field.rms_map),
+    }
 
 
 def at_objects(values, objects):
@@ -1365,7 +1369,8 @@ def write_image(path, data, form, wcs, history, unit):
 @timed
 def write_catalog(path, catalog):
     """Write the catalogue as tab-separated text: one line of names, full precision, `nan`."""
-    catalog.to_csv(path, sep="\t", index=False, na_rep="nan", lineterminator="\n")
+    values = catalog.astype(object)  # pandas is slower to write its own numbers than Python's
+    values.to_csv(path, sep="\t", index=False, na_rep="nan", lineterminator="\n")
 
 
 @timed
@@ -1850,7 +1855,7 @@ def write_products(paths, args, image, other, field, segmentation, catalog):
 def report_image(image, mask):
     """Tell what was read, and how much of it is masked."""
     rows, columns = image.data.shape
-    bad = image.data.size - np.count_nonzero(np.isfinite(image.data))
+    bad = np.count_nonzero(~np.isfinite(image.data[mask]))
     log.info("image         %s: %d x %d %s", image.name, columns, rows, image.dtype)
     log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
 
