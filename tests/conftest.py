@@ -29,6 +29,15 @@ class Run:
     def image(self, product):
         return fits.getdata(self.directory / f"{product}.fits")
 
+    def assert_refused(self, *words):
+        """Demand exit code 1, one line on stderr that holds these words, and no product."""
+        assert self.code == 1
+        assert self.err.startswith("source_extractor.py: error: ")
+        assert self.err.count("\n") == 1
+        for word in words:
+            assert str(word) in self.err
+        assert not any(self.directory.rglob("*"))
+
 
 @pytest.fixture
 def run(tmp_path, capsys):

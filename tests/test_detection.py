@@ -91,16 +91,6 @@ def assert_same(result, expected):
     np.testing.assert_array_equal(result.image("rms"), rms)
 
 
-def assert_one_error(result, code, *words):
-    """Demand an exit code, and one line on stderr that has all the words."""
-    assert result.code == code
-    assert result.err.startswith("source_extractor.py: error: ")
-    assert result.err.count("\n") == 1
-    for word in words:
-        assert word in result.err
-    assert not result.directory.exists() or not list(result.directory.iterdir())
-
-
 # ---------------------------------------------------------------------------------------------
 # The same as SEP
 # ---------------------------------------------------------------------------------------------
@@ -233,50 +223,10 @@ def test_map_has_as_many_pixels_of_each_label_as_the_catalogue_says(run, write, 
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["--bw", "--bh"])
-@pytest.mark.parametrize("value", [0, -1, -64])
-def test_box_sizes_that_kill_sep_are_wrong_usage(run, write, stars, option, value):
-    assert_one_error(run(write(stars), option, value), 2, option)
-
-
-@pytest.mark.parametrize("value", [0, -1, 1025, 2**31, 2**40])
-def test_deblending_levels_that_kill_sep_are_wrong_usage(run, write, stars, value):
-    assert_one_error(run(write(stars), "--deblend-nthresh", value), 2, "--deblend-nthresh")
-
-
-@pytest.mark.parametrize("option", ["--fw", "--fh"])
-@pytest.mark.parametrize("value", [0, -3, 2, 4])
-def test_median_filters_without_a_centre_are_wrong_usage(run, write, stars, option, value):
-    assert_one_error(run(write(stars), option, value), 2, option)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        *(("--thresh", value) for value in ("0", "-1", "nan", "inf")),
-        *(("--gain", value) for value in ("0", "-2", "nan")),
-        *(("--minarea", value) for value in ("0", "-5", "2.5", str(2**31))),
-        *(("--deblend-cont", value) for value in ("-0.1", "1.5", "nan")),
-        *(("--clean-param", value) for value in ("0", "-1", "inf")),
-        *(("--filter-fwhm", value) for value in ("0", "-2", "nan", "1e9")),
-        ("--fthresh", "nan"),
-    ],
-)
-def test_numbers_out_of_bounds_are_wrong_usage(run, write, stars, option, value):
-    assert_one_error(run(write(stars), f"{option}={value}"), 2, option)
-
-
 @pytest.mark.parametrize("name", ["bw", "bh"])
 @pytest.mark.parametrize("size", [10**6, 2**31 - 1])
 def test_boxes_of_any_size_beyond_the_image_are_one_box(run, write, stars, name, size):
     assert_same(run(write(stars), f"--{name}", size), direct(stars, mesh={name: 160}))
-
-
-@pytest.mark.parametrize("option", ["--bw", "--bh", "--fw", "--fh"])
-def test_sizes_beyond_any_integer_end_in_good_order(run, write, stars, option):
-    result = run(write(stars), option, 2**70 + 1)
-    if result.code != 0:
-        assert_one_error(result, 2, option)
 
 
 INTEGERS = ["u1", "i1", "i2", "u2", "i4", "u4", "i8"]
@@ -381,7 +331,7 @@ def test_sources_without_noise_ask_for_another_threshold(run, write, option):
     image = np.zeros(SMALL, np.float32)
     image[50:54, 70:75] = 9
     result = run(write(image), "--err-option", option)
-    assert_one_error(result, 1, "image.fits", "--err-option none", "--err-option file")
+    result.assert_refused("image.fits", "--err-option none", "--err-option file")
 
 
 def test_sources_without_noise_are_found_over_an_absolute_threshold(run, write):
@@ -403,11 +353,11 @@ def test_no_detections_are_a_result(run, write, stars):
 
 def test_image_all_masked_is_refused(run, write, stars):
     result = run(write(stars), "--mask", write(np.ones(SMALL, np.uint8), "mask.fits"))
-    assert_one_error(result, 1, "image.fits", "masked")
+    result.assert_refused("image.fits", "masked")
 
 
 def test_image_all_nan_is_refused(run, write):
-    assert_one_error(run(write(np.full(SMALL, np.nan, np.float32))), 1, "image.fits", "masked")
+    run(write(np.full(SMALL, np.nan, np.float32))).assert_refused("image.fits", "masked")
 
 
 @pytest.mark.parametrize(("rows", "good"), [(59, True), (61, False)])
@@ -422,7 +372,7 @@ def test_some_box_needs_half_of_its_pixels_for_a_background(run, write, stars, r
         assert table(result).ymin.min() >= 59
         assert len(table(result)) == 3
     else:
-        assert_one_error(result, 1, "image.fits", "--bw", "--bh")
+        result.assert_refused("image.fits", "--bw", "--bh")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (2, 2), (5, 2)])

@@ -112,18 +112,6 @@ def assert_pixels(path, expected, hdu=None, plane=None):
     np.testing.assert_array_equal(data, expected)
 
 
-def refused(result, *words):
-    """Assert that a run failed as it should: one line that holds these words, and no product."""
-    assert result.code == 1
-    lines = result.err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("source_extractor.py: error: ")
-    for word in words:
-        assert str(word) in lines[0]
-    assert not any(result.directory.rglob("*"))
-    return lines[0]
-
-
 # FITS
 
 
@@ -263,11 +251,11 @@ def test_hdu_is_chosen_by_index_name_or_name_and_version(extensions, hdu, value)
     "hdu", ["0", "1", "TAB", "LINE", "8", "99", "SCI,3", "-1", "nothing", "SCI,x"]
 )
 def test_an_hdu_without_an_image_is_refused_and_the_others_listed(run, extensions, hdu):
-    refused(run(extensions, f"--hdu={hdu}"), NAME, hdu, "SCI", "ERR", "TAB", "5 x 4")
+    run(extensions, f"--hdu={hdu}").assert_refused(NAME, hdu, "SCI", "ERR", "TAB", "5 x 4")
 
 
 def test_hdu_of_a_tiff_is_refused(run, put):
-    refused(run(put(tiff_bytes(RAMP.astype(np.uint8))), "--hdu", "SCI"), NAME, "TIFF", "SCI")
+    run(put(tiff_bytes(RAMP.astype(np.uint8))), "--hdu", "SCI").assert_refused(NAME, "TIFF", "SCI")
 
 
 # TIFF
@@ -379,11 +367,11 @@ def test_tiff_axes_of_length_one_are_dropped(put):
 @pytest.mark.parametrize("plane", [None, 6, 10**12])
 def test_no_such_plane_shows_the_axes_and_the_range(run, put, content, layout, plane):
     options = [] if plane is None else ["--plane", plane]
-    refused(run(put(content), *options), NAME, "6 planes", "0 to 5", *layout)
+    run(put(content), *options).assert_refused(NAME, "6 planes", "0 to 5", *layout)
 
 
 def test_plane_of_a_lone_plane_is_out_of_range(run, put):
-    refused(run(put(fits_bytes(RAMP)), "--plane", "1"), NAME, "1 plane ", "0 to 0")
+    run(put(fits_bytes(RAMP)), "--plane", "1").assert_refused(NAME, "1 plane ", "0 to 0")
 
 
 def test_plane_reaches_the_products(run, put, stars):
@@ -416,7 +404,7 @@ def test_blank_pixels_of_unsigned_integers_are_masked_and_counted(run, put, star
 
 
 def test_an_image_without_any_value_is_refused(run, put):
-    refused(run(put(fits_bytes(np.full((20, 24), np.nan)))), NAME, "finite")
+    run(put(fits_bytes(np.full((20, 24), np.nan)))).assert_refused(NAME, "finite")
 
 
 # Files that can't be used
@@ -483,7 +471,7 @@ def patched_tiff(content, tag, value):
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(run, put, content):
-    refused(run(put(content)), NAME)
+    run(put(content)).assert_refused(NAME)
 
 
 @pytest.mark.parametrize("option", ["--mask", "--err-file"])
@@ -491,18 +479,18 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(run, put, content):
 def test_a_second_image_that_cannot_be_used_is_refused_by_name(run, put, write, option, content):
     image = write(SMOOTH)
     noise = ["--err-option", "file"] if option == "--err-file" else []
-    refused(run(image, option, put(content), *noise), NAME)
+    run(image, option, put(content), *noise).assert_refused(NAME)
 
 
 def test_a_directory_and_a_missing_file_are_refused(run, tmp_path):
-    refused(run(tmp_path), tmp_path, "directory")
-    refused(run(tmp_path / NAME), NAME, "No such file")
+    run(tmp_path).assert_refused(tmp_path, "directory")
+    run(tmp_path / NAME).assert_refused(NAME, "No such file")
 
 
 def test_pixels_that_fail_their_checksum_in_gzip_are_refused(run, put):
     packed = bytearray(gzip.compress(WHOLE))
     packed[-8] ^= 1
-    refused(run(put(packed)), NAME)
+    run(put(packed)).assert_refused(NAME)
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress])
