@@ -252,9 +252,11 @@ def choose_plane(stack, plane, lone_serves_all):
         plane = 0
     if plane is None or plane >= count:
         layout = ", ".join(f"{name}={n}" for name, n in zip(stack.axes, stack.shape, strict=True))
+        choice = f"choose one from 0 to {count - 1} with the plane option"
+        if plane is None and lone_serves_all:
+            choice = "the image has only one; give one for it"
         raise InputError(
-            f"{stack.name}: {count} plane{'s' if count > 1 else ''} in axes ({layout}); choose one "
-            f"from 0 to {count - 1} with the plane option"
+            f"{stack.name}: {count} plane{'s' if count > 1 else ''} in axes ({layout}); {choice}"
         )
     needed = 12 * rows * columns
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -272,6 +274,9 @@ def open_fits(path, hdu):
     # uint=False: else astropy ignores BLANK in unsigned integers.
     with unpacked(path) as file, fits.open(file, memmap=False, uint=False) as hdus:
         chosen = find_hdu(path, hdus, hdu)
+        number = hdus.index_of(chosen)
+        if chosen.header.get("BZERO") == 2**63:  # it would round these to multiples of 1024
+            chosen = fits.open(file, memmap=False, uint=True)[number]
         header, shape = chosen.header, chosen.shape
         long_axes = [axis for axis, length in enumerate(shape) if length > 1]
         image_axes = long_axes[-2:] if len(long_axes) > 1 else [len(shape) - 2, len(shape) - 1]
@@ -282,11 +287,14 @@ def open_fits(path, hdu):
             position = np.unravel_index(plane, [shape[axis] for axis in others])
             for axis, place in zip(others, position, strict=True):
                 index[axis] = int(place)
-            return chosen.section[tuple(index)]
+            data = chosen.section[tuple(index)]
+            if data.dtype.kind == "u" and "BLANK" in header and "BZERO" in header:
+                data = np.where(data == header["BLANK"] + header["BZERO"], np.nan, data)
+            return data
 
         numbers = [len(shape) - axis for axis in range(len(shape))]
         yield Stack(
-            name=f"{path}[{hdus.index_of(chosen)}]" + (f" {chosen.name}" if chosen.name else ""),
+            name=f"{path}[{number}]" + (f" {chosen.name}" if chosen.name else ""),
             axes=[header.get(f"CTYPE{n}") or f"NAXIS{n}" for n in numbers],
             shape=shape,
             image_axes=image_axes,
@@ -311,8 +319,16 @@ def unpacked(path):
             return
         with tempfile.TemporaryDirectory() as directory:
             copy = Path(directory, "unpacked")
-            with packing.open(file) as packed, copy.open("wb") as unpacked_file:
-                shutil.copyfileobj(packed, unpacked_file)
+            try:
+                with packing.open(file) as packed, copy.open("wb") as unpacked_file:
+                    shutil.copyfileobj(packed, unpacked_file)
+            except OSError as error:
+                if error.errno is None:  # the file is damaged
+                    raise
+                raise InputError(
+                    f"{path}: can't be unpacked in {directory} ({error.strerror}); set TMPDIR to a "
+                    "place with more room"
+                ) from error
             with copy.open("rb") as unpacked_file:
                 yield unpacked_file
 
@@ -379,11 +395,11 @@ def open_tiff(path):
 
         def cut(plane):
             if one_page_a_plane and not series.is_truncated:
-                data = series.pages[plane].asarray()
-            else:
-                planes = np.moveaxis(series.asarray(), image_axes, (-2, -1))
-                data = planes.reshape(-1, *planes.shape[-2:])[plane]
-            return data
+                return series.pages[plane].asarray()
+            mapped = series.dataoffset is not None
+            stack = tifffile.memmap(path, mode="r") if mapped else series.asarray()
+            planes = np.moveaxis(stack, image_axes, (-2, -1))
+            return planes[np.unravel_index(plane, planes.shape[:-2])]
 
         white = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
         yield Stack(
@@ -472,11 +488,10 @@ def read_measure_image(path, hdu, plane, image):
     if image.wcs and other.wcs:
         offset = wcs_offset(image.wcs, other.wcs, image.data.shape)
         if not offset <= 0.5:
-            log.warning(
-                "%s: its WCS puts the corners of the image up to %.1f pixels away; measured pixel "
-                "by pixel all the same",
-                *(other.name, offset),
-            )
+            finding = f"puts the corners of the image up to {offset:.1f} pixels away"
+            if offset == math.inf:
+                finding = "can't be compared with the image's"
+            log.warning("%s: its WCS %s; measured pixel by pixel all the same", other.name, finding)
     return other
 
 
@@ -531,7 +546,8 @@ def sample_kernel(profile, radius, subpixels=11):
     half = math.ceil(radius - 0.5)
     side = 2 * half + 1
     offsets = (np.arange(side * subpixels) + 0.5) / subpixels - side / 2
-    samples = profile(np.hypot(offsets, offsets[:, np.newaxis]))
+    with np.errstate(over="ignore"):
+        samples = profile(np.hypot(offsets, offsets[:, np.newaxis]))
     blocks = np.reshape(samples, (side, subpixels, side, subpixels))
     return np.ascontiguousarray(blocks.mean(axis=(1, 3)), dtype=np.float32)
 
@@ -632,11 +648,11 @@ class Frame:
         spread = (high / 2 - low / 2) or float(np.abs(values / 2 - middle / 2).max())
         offset = middle if abs(middle) > 1e4 * spread else 0.0
         extreme = spread > 0 and not 1e-12 < spread < 1e12
-        return cls(offset, 2.0 ** round(math.log2(spread)) if extreme else 1.0)
+        return cls(offset, 2.0 ** math.floor(math.log2(spread)) if extreme else 1.0)
 
     def enter(self, image):
         """Bring an image into the frame, in place."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             image -= self.offset
             image /= self.scale
 
@@ -943,15 +959,15 @@ def masked_as_neighbours(segmentation, mask):
 
 
 @timed
-def measure(field, objects, segmentation, settings):
+def measure(field, target, objects, segmentation, settings):
     """Measure sizes, Kron and aperture fluxes, and windowed centroids.
 
     Neighbours and masked pixels are left out of every sum.
 
     Parameters
     ----------
-    field : Field
-        To measure on.
+    field, target : Field
+        Where the objects were found, which gives the Kron ellipses, and where to measure in them.
     objects : structured ndarray
         `sep.extract`'s objects.
     segmentation : ndarray of int32, shape (ny, nx)
@@ -970,21 +986,27 @@ def measure(field, objects, segmentation, settings):
     """
     ids = np.arange(1, len(objects) + 1, dtype=np.int32)
     x, y, a, b, theta, sane = sane_shapes(objects)
-    image, errors = field.residual, {"err": field.noise, "gain": field.method.extraction.gain}
+    image, errors = target.residual, {"err": target.noise, "gain": target.method.extraction.gain}
+    in_image_values = target.frame.differences
+    alone = {"seg_id": ids[sane]}
     with masked_as_neighbours(segmentation, field.mask) as labels:
-        others = {"segmap": labels, "seg_id": ids[sane]}
-        r_k, kron_flag = sep.kron_radius(image, x, y, a, b, theta, KRON_REACH, **others)
-        r_k = np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
-        kron = np.maximum(settings.kron_factor * r_k, settings.kron_min_radius)
-        flux, error, flag = sep.sum_ellipse(
-            image, x, y, a, b, theta, kron, subpix=1, **errors, **others
+        r_k, kron_flag = sep.kron_radius(
+            field.residual, x, y, a, b, theta, KRON_REACH, segmap=labels, **alone
         )
+    # Of positive light it can't be more; of noise around nothing it may be anything.
+    r_k = np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
+    kron = np.maximum(settings.kron_factor * r_k, settings.kron_min_radius)
+    with masked_as_neighbours(segmentation, target.mask) as labels:
+        alone["segmap"] = labels
+        flux, error, flag = sep.sum_ellipse(
+            image, x, y, a, b, theta, kron, subpix=1, **errors, **alone
+        )
+        flag[forget_empty(flux, error, target.noise)] |= sep.APER_ALLMASKED
         limit = KRON_REACH * a
-        radius, _ = sep.flux_radius(image, x, y, limit, 0.5, normflux=flux, subpix=5, **others)
+        radius, _ = sep.flux_radius(image, x, y, limit, 0.5, normflux=flux, subpix=5, **alone)
         radius[~((flux > 0) & (radius < limit))] = np.nan
         xwin, ywin = windowed_centroids(image, labels, ids[sane], x, y, radius)
-        in_image_values = field.frame.differences
-        found = {
+        measured = {
             "kron_radius": kron,
             "flux_auto": in_image_values(flux),
             "fluxerr_auto": in_image_values(error),
@@ -993,18 +1015,23 @@ def measure(field, objects, segmentation, settings):
             "ywin": ywin,
         }
         for diameter in settings.aperture_diameters:
-            flux, error, _ = sep.sum_circle(image, x, y, diameter / 2, **errors, **others)
-            if np.any(field.noise):
-                empty = error == 0
-                flux[empty], error[empty] = np.nan, np.nan
-            found[f"flux_{aperture(diameter)}"] = in_image_values(flux)
-            found[f"fluxerr_{aperture(diameter)}"] = in_image_values(error)
-    measured = pd.DataFrame(found, index=ids[sane])
+            flux, error, _ = sep.sum_circle(image, x, y, diameter / 2, **errors, **alone)
+            forget_empty(flux, error, target.noise)
+            measured[f"flux_{aperture(diameter)}"] = in_image_values(flux)
+            measured[f"fluxerr_{aperture(diameter)}"] = in_image_values(error)
+    measured = pd.DataFrame(measured, index=ids[sane])
     measured[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
     measured["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
     measured = measured.reindex(ids).reset_index(drop=True)
     measured["flag_auto"] = measured["flag_auto"].fillna(sep.APER_ALLMASKED).astype(np.int64)
     return measured
+
+
+def forget_empty(flux, error, noise):
+    """Make fluxes and errors nan, in place, where the noise of no pixel was summed; tell where."""
+    empty = (error == 0) & np.any(noise)
+    flux[empty], error[empty] = np.nan, np.nan
+    return empty
 
 
 def sane_shapes(objects):
@@ -1293,21 +1320,24 @@ def staged(targets):
     """
     token = secrets.token_hex(4)
     parts = {}
-    where = targets["catalog"].parent
     try:
+        for where in targets.values():
+            where.parent.mkdir(parents=True, exist_ok=True)
         for name, target in targets.items():
             where = target
-            target.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
                 target.stat()  # fails now rather than at the end if its name can't be one
+            if target.is_dir():
+                raise InputError(f"{target}: a directory; choose another place for the {name}")
             part = target.with_name(f".{name}-{token}{target.suffix}")
             part.touch(exist_ok=False)
             parts[name] = part
         where = targets["catalog"].parent
         yield parts
         with stopping_by(signal.SIG_IGN):
-            for name in list(parts):
-                parts.pop(name).replace(targets[name])
+            for name, part in list(parts.items()):
+                part.replace(targets[name])
+                del parts[name]
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise InputError(
@@ -1739,6 +1769,8 @@ def check_usage(args):
     inputs = (args.image, args.mask, args.err_file, args.filter_file, args.measure_image)
     if len(set(args.aperture_diameters)) < len(args.aperture_diameters):
         return "--aperture-diameters: each diameter may be given once"
+    if args.catalog_fits and len(catalog_columns(args.aperture_diameters)) > 999:
+        return "--catalog-fits: a FITS table has 999 columns at the most; take fewer apertures"
     taken = {os.path.realpath(path) for path in inputs if path}
     for product, path in product_paths(args).items():
         option, real = option_of(product), os.path.realpath(path)
@@ -1791,7 +1823,7 @@ def run(args):
             found = find_sources(field)
             report_detections(field, found)
         target = field if other is None else subtract_other(other, mask, method)
-        measured = measure(target, found.objects, found.segmentation, photometry)
+        measured = measure(field, target, found.objects, found.segmentation, photometry)
         write = partial(write_map, paths, args, image)
         local = survey_background(field, target, found.objects, write)
         measured = measured.assign(**local)
@@ -1888,9 +1920,9 @@ def warn_of_depth(method):
     For white noise: SEP compares sum(k f / n^2) / sqrt(sum(k^2 / n^2)) with the threshold where it
     has an array n, but sum(k f) / sum|k| with n times the threshold where it has one number.
     """
-    kernel, thresh = method.kernel, method.extraction.thresh
-    if kernel is None or method.extraction.filter_type != "matched":
+    if method.kernel is None or method.extraction.filter_type != "matched":
         return
+    kernel, thresh = method.kernel.astype(np.float64), method.extraction.thresh
     depth = float(np.abs(kernel).sum() / np.sqrt(np.square(kernel).sum()))
     log.warning(
         "with a noise image the matched filter goes %.2f times deeper: --thresh %g is as %.3g on "
@@ -1900,7 +1932,8 @@ def warn_of_depth(method):
 
 
 def start_logging(args):
-    """Send reports to stdout and warnings, each in one line, to stderr."""
+    """Send reports to stdout and warnings, each in one line, to stderr; nowhere if it is closed."""
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # of names that are no text
@@ -1911,7 +1944,9 @@ def start_logging(args):
     log.handlers = [reports, warnings_]
     log.propagate = False
     log.setLevel(logging.ERROR if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    logging.captureWarnings(True)
+    for library in ("py.warnings", "tifffile"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def stop(signum, _frame):

@@ -407,6 +407,25 @@ def test_warnings_are_one_line_each_on_stderr(run, write):
     assert "no sources" in result.err
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+@pytest.mark.parametrize("options", ["", "--err-option file --err-file image.fits"])
+def test_what_is_said_to_a_closed_stream_goes_to_no_other(write, stars, tmp_path, closed, options):
+    write(stars - 300)
+    command = f'"{sys.executable}" "{SCRIPT}" image.fits {options} {closed}'
+    result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    said = result.stderr if closed == ">&-" else result.stdout
+    assert result.returncode == bool(options)
+    assert ("error" in said) == (bool(options) and closed == ">&-")
+    assert ("sources " in said) == (not options and closed == "2>&-")
+
+
+def test_what_libraries_warn_of_is_not_for_the_user(write, stars, tmp_path):
+    image = np.where(stars > 100, 1.7e308, -1.7e308)
+    command = [sys.executable, SCRIPT, write(image), "-q"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("option", ["-q", "--quiet"])
 def test_quiet_silences_reports_and_warnings(run, write, option):
     result = run(write(CONSTANT), option)

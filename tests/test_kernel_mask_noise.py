@@ -162,6 +162,11 @@ def test_a_box_outside_the_image_is_refused(run, image, box):
     run(image, "--mask-box", *box).assert_refused("image.fits", words, "160", "120")
 
 
+def test_a_stack_of_masks_for_a_lone_image_is_refused_with_what_to_do(run, image, put):
+    masks = put(np.zeros((3, *SHAPE), np.uint8))
+    run(image, "--mask", masks).assert_refused(masks.name, "3 planes", "give one")
+
+
 def test_a_box_over_the_whole_image_is_refused(run, image):
     run(image, "--mask-box", 0, 159, 0, 119).assert_refused("image.fits", "every pixel is masked")
 

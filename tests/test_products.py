@@ -802,6 +802,8 @@ FAILURES = {
     "no background box left": (1, ["--mask-box", "2", "159", "0", "119"]),
     "plane that is not there": (1, ["--plane", "1"]),
     "target is a directory": (2, ["--catalog", "folder"]),
+    "target becomes a directory": (1, ["--catalog", "new/x", "--rms", "new/x/rms.fits"]),
+    "more columns than FITS has": (2, ["--aperture-diameters", *map(str, range(1, 240))]),
     "target is a device": (2, ["--overview", os.devnull]),
     "target is the image": (2, ["--background", "image.fits"]),
     "target is the image by another name": (2, ["--subtracted", "folder/../image.fits"]),
@@ -925,6 +927,13 @@ def largest_file(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_to_unpack_an_image_is_not_taken_for_damage(run, write, stars):
+    image = write(stars, "image.fits.gz")
+    with largest_file(50_000):
+        result = run(image)
+    result.assert_refused("image.fits.gz", "unpacked", "TMPDIR")
 
 
 @pytest.mark.parametrize(

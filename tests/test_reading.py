@@ -157,6 +157,15 @@ def test_fits_scaling_and_blank_make_the_values_of_the_standard(put, dtype, scal
     assert_pixels(put(fits_bytes(stored, **scaling)), values)
 
 
+@pytest.mark.parametrize("kind", [fits.ImageHDU, fits.CompImageHDU])
+def test_unsigned_integers_of_64_bits_are_not_rounded(put, kind):
+    options = {"compression_type": "GZIP_2"} if kind is fits.CompImageHDU else {}
+    plain = kind(RAMP.astype(np.uint64), **options)
+    assert_pixels(put(hdus_bytes(plain)), RAMP)
+    blank = kind(RAMP.astype(np.uint64), fits.Header({"BLANK": 7 - 2**63}), **options)
+    assert_pixels(put(hdus_bytes(blank)), np.where(RAMP == 7, np.nan, RAMP))
+
+
 @pytest.mark.parametrize(
     ("codec", "dtype"),
     [

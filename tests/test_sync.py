@@ -150,6 +150,21 @@ def test_no_text_can_leave_its_quotes(param):
         assert not pattern.match(text)
 
 
+def test_the_form_takes_the_diameters_that_the_script_takes():
+    regex, expression = PARAMETERS["--aperture-diameters"].iter("validator")
+    for text, taken in (
+        ("5", True),
+        (" 5 10.5 .5 ", True),
+        ("10000", True),
+        ("0", False),
+        ("5 10001", False),
+        ("5 7 5.0", False),
+        ("5,7", False),
+    ):
+        matches = re.match(regex.text, text) and eval(expression.text, {"value": text})
+        assert bool(matches) == taken
+
+
 def test_hdu_names_as_files_have_them_are_taken():
     pattern = re.compile(PARAMETERS["--hdu"].findtext("validator"))
     for text in ("0", "12", "SCI", "SCI,2", "im1", "WEIGHT_MAP", "CCD-3", "N15.1"):
@@ -188,10 +203,19 @@ def test_the_readme_has_every_default(option):
     assert str(IN_THE_FORM[option].default) in row[2]
 
 
-@pytest.mark.parametrize("column", [column.name for column in catalog_columns(())])
-def test_readme_and_help_have_every_column(column):
-    assert f"`{column}`" in README
-    assert f"`{column}`" in TOOL.findtext("help")
+def table_of_columns(text):
+    """Return names and units of the columns in a Markdown table, in its order."""
+    rows = text[text.index("| `id` |") :].split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
+    return [(name, unit) for names, unit in cells for name in re.findall(r"`(\w+)`", names)]
+
+
+def test_readme_and_help_have_every_column_with_its_unit():
+    written = {"pixel2": "pixel²", "pixel-2": "pixel⁻²", "measured": "image", None: ""}
+    columns = [(c.name, written.get(c.unit, c.unit)) for c in catalog_columns(())]
+    columns[columns.index(("kron_radius", ""))] = ("kron_radius", "a, b")
+    assert table_of_columns(README) == columns
+    assert table_of_columns(TOOL.findtext("help")) == columns
 
 
 def test_every_test_file_is_used():
@@ -202,6 +226,5 @@ def test_every_test_file_is_used():
 
 
 def test_options_are_spelled_one_way():
-    assert option_of("mask_box") == "--mask-box"
-    for option, action in IN_THE_FORM.items():
-        assert option_of(action.dest) == option
+    for action in ACTIONS.values():
+        assert option_of(action.dest) in action.option_strings
