@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import sextractor
+
 HERE = Path(__file__).resolve().parent
 TOOL = HERE.parent / "source_extractor.py"
 NAIVE = HERE / "naive.py"
@@ -31,7 +33,6 @@ PRODUCTS = {
     "sextractor": (*MAPS, "catalog.cat"),
 }
 
-SEXTRACTOR_NAMES = ("source-extractor", "sex", "sextractor")
 SEXTRACTOR_COLUMNS = """
 NUMBER THRESHOLD ISOAREAF_IMAGE XMIN_IMAGE XMAX_IMAGE YMIN_IMAGE YMAX_IMAGE X_IMAGE Y_IMAGE
 X2_IMAGE Y2_IMAGE XY_IMAGE ERRX2_IMAGE ERRY2_IMAGE ERRXY_IMAGE A_IMAGE B_IMAGE THETA_IMAGE
@@ -39,29 +40,13 @@ CXX_IMAGE CYY_IMAGE CXY_IMAGE FLUX_ISO FLUX_MAX XPEAK_IMAGE YPEAK_IMAGE FLAGS AL
 DELTA_J2000 FLUX_AUTO FLUXERR_AUTO MAG_AUTO MAGERR_AUTO KRON_RADIUS FLUX_RADIUS XWIN_IMAGE
 YWIN_IMAGE
 """
-SEXTRACTOR_CONVOLUTION = "CONV NORM\n1 2 1\n2 4 2\n1 2 1\n"
-SEXTRACTOR_CONFIGURATION = """
-CATALOG_NAME      catalog.cat
-CATALOG_TYPE      ASCII_HEAD
-PARAMETERS_NAME   ../columns.param
-DETECT_MINAREA    5
-DETECT_THRESH     1.5
-ANALYSIS_THRESH   1.5
-FILTER            Y
-FILTER_NAME       ../default.conv
-DEBLEND_NTHRESH   32
-DEBLEND_MINCONT   0.005
-CLEAN             Y
-CLEAN_PARAM       1.0
-PHOT_AUTOPARAMS   2.5, 3.5
-BACK_SIZE         64
-BACK_FILTERSIZE   3
-WEIGHT_TYPE       NONE
-CHECKIMAGE_TYPE   BACKGROUND,BACKGROUND_RMS,SEGMENTATION
-CHECKIMAGE_NAME   background.fits,rms.fits,segmentation.fits
-MEMORY_PIXSTACK   3000000
-VERBOSE_TYPE      QUIET
-"""
+SEXTRACTOR_SETTINGS = {
+    "CATALOG_NAME": "catalog.cat",
+    "CATALOG_TYPE": "ASCII_HEAD",
+    "CHECKIMAGE_TYPE": "BACKGROUND,BACKGROUND_RMS,SEGMENTATION",
+    "CHECKIMAGE_NAME": "background.fits,rms.fits,segmentation.fits",
+    "MEMORY_PIXSTACK": 3_000_000,
+}
 
 
 def write_sky(path, size):
@@ -89,12 +74,9 @@ def commands(image, work):
     if TOOL.exists():
         found["tool"] = [sys.executable, TOOL, image, "-o", work / "tool", "-q"]
     found["naive"] = [sys.executable, NAIVE, image, work / "naive"]
-    sextractor = next(filter(None, map(shutil.which, SEXTRACTOR_NAMES)), None)
-    if sextractor:
-        (work / "columns.param").write_text("\n".join(SEXTRACTOR_COLUMNS.split()) + "\n")
-        (work / "default.conv").write_text(SEXTRACTOR_CONVOLUTION)
-        (work / "sextractor.conf").write_text(SEXTRACTOR_CONFIGURATION)
-        found["sextractor"] = [sextractor, image, "-c", work / "sextractor.conf"]
+    if sextractor.PROGRAM:
+        columns = SEXTRACTOR_COLUMNS.split()
+        found["sextractor"] = [*sextractor.configured(work, columns, **SEXTRACTOR_SETTINGS), image]
     return found
 
 

@@ -12,7 +12,6 @@ SExtractor 2.25.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from astropy.io import fits
 from astropy.table import Table
 from astropy.wcs import WCS
 
+import sextractor
 from sky import random_sources, simulate, tan_wcs
 from truth import detect, match, row_of
 
@@ -53,56 +53,32 @@ COMPARED = {
     "background": ("BACKGROUND", "% of thresh", None),
 }
 
-SEXTRACTOR_NAMES = ("source-extractor", "sex", "sextractor")
-CONVOLUTION = "CONV NORM\n1 2 1\n2 4 2\n1 2 1\n"
-CONFIGURATION = f"""
-CATALOG_NAME      catalog.fits
-CATALOG_TYPE      FITS_1.0
-PARAMETERS_NAME   columns.param
-DETECT_MINAREA    5
-THRESH_TYPE       RELATIVE
-DETECT_THRESH     1.5
-ANALYSIS_THRESH   1.5
-FILTER            Y
-FILTER_NAME       default.conv
-DEBLEND_NTHRESH   32
-DEBLEND_MINCONT   0.005
-CLEAN             Y
-CLEAN_PARAM       1.0
-MASK_TYPE         CORRECT
-WEIGHT_TYPE       NONE
-PHOT_AUTOPARAMS   2.5, 3.5
-PHOT_APERTURES    {APERTURE}
-PHOT_FLUXFRAC     0.5
-MAG_ZEROPOINT     0.0
-GAIN              0.0
-GAIN_KEY          NONE
-SATUR_LEVEL       1e29
-SATUR_KEY         NONE
-PIXEL_SCALE       1.0
-BACK_SIZE         64
-BACK_FILTERSIZE   3
-BACKPHOTO_TYPE    GLOBAL
-MEMORY_BUFSIZE    16384
-MEMORY_PIXSTACK   30000000
-VERBOSE_TYPE      QUIET
-"""
+SETTINGS = {
+    "CATALOG_NAME": "catalog.fits",
+    "CATALOG_TYPE": "FITS_1.0",
+    "PHOT_APERTURES": APERTURE,
+    "MEMORY_BUFSIZE": 16384,
+    "MEMORY_PIXSTACK": 30_000_000,
+}
 
 
-def run_sextractor(image, header=None):
+def run_sextractor(image, header=None, measured=None):
     """Run SExtractor on an array (ny, nx); return its catalogue with the tool's names and origin.
+
+    With `measured` it finds the sources in `image` and measures them there.
 
     Its ALPHA_J2000 and DELTA_J2000 are in the frame of the file: FK5 is brought to ICRS here.
     """
-    program = next(filter(None, map(shutil.which, SEXTRACTOR_NAMES)))
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         fits.writeto(work / "image.fits", image, header)
-        (work / "columns.param").write_text("\n".join(name for name, *_ in COMPARED.values()))
-        (work / "default.conv").write_text(CONVOLUTION)
-        (work / "sextractor.conf").write_text(CONFIGURATION)
-        command = [program, "image.fits", "-c", "sextractor.conf"]
-        subprocess.run(command, cwd=work, check=True)
+        columns = [name for name, *_ in COMPARED.values()]
+        command = sextractor.configured(work, columns, **SETTINGS)
+        images = "image.fits"
+        if measured is not None:
+            fits.writeto(work / "measured.fits", measured)
+            images += ",measured.fits"
+        subprocess.run([*command, images], cwd=work, check=True)
         table = Table.read(work / "catalog.fits", hdu=1)
     catalog = pd.DataFrame(
         {name: np.array(table[theirs], float) for name, (theirs, *_) in COMPARED.items()}

@@ -1,0 +1,56 @@
+"""SExtractor, set up with the tool's defaults.
+
+Imports nothing but the standard library: benchmark.py has to stay a small process.
+"""
+
+import shutil
+
+PROGRAM = next(filter(None, map(shutil.which, ("source-extractor", "sex", "sextractor"))), None)
+KERNEL = "CONV NORM\n1 2 1\n2 4 2\n1 2 1\n"
+SETTINGS = {
+    "DETECT_MINAREA": 5,
+    "THRESH_TYPE": "RELATIVE",
+    "DETECT_THRESH": 1.5,
+    "ANALYSIS_THRESH": 1.5,
+    "FILTER": "Y",
+    "DEBLEND_NTHRESH": 32,
+    "DEBLEND_MINCONT": 0.005,
+    "CLEAN": "Y",
+    "CLEAN_PARAM": 1.0,
+    "MASK_TYPE": "CORRECT",
+    "WEIGHT_TYPE": "NONE",
+    "PHOT_AUTOPARAMS": "2.5, 3.5",
+    "PHOT_FLUXFRAC": 0.5,
+    "MAG_ZEROPOINT": 0.0,
+    "GAIN": 0.0,
+    "GAIN_KEY": "NONE",
+    "SATUR_LEVEL": 1e29,
+    "SATUR_KEY": "NONE",
+    "PIXEL_SCALE": 1.0,
+    "BACK_SIZE": 64,
+    "BACK_FILTERSIZE": 3,
+    "BACKPHOTO_TYPE": "GLOBAL",
+    "VERBOSE_TYPE": "QUIET",
+}
+
+
+def configured(directory, columns, **settings):
+    """Write SExtractor's files into a directory; return the command, to which an image is added.
+
+    Parameters
+    ----------
+    directory : Path
+    columns : iterable of str
+        Of its catalogue.
+    **settings
+        Beside those that make it work as the tool does.
+    """
+    (directory / "columns.param").write_text("\n".join(columns) + "\n")
+    (directory / "default.conv").write_text(KERNEL)
+    settings |= {
+        "PARAMETERS_NAME": directory / "columns.param",
+        "FILTER_NAME": directory / "default.conv",
+    }
+    lines = (f"{name} {value}\n" for name, value in (SETTINGS | settings).items())
+    (directory / "sextractor.conf").write_text("".join(lines))
+    return [PROGRAM, "-c", directory / "sextractor.conf"]
