@@ -275,7 +275,7 @@ def open_fits(path, hdu):
     with unpacked(path) as file, fits.open(file, memmap=False, uint=False) as hdus:
         chosen = find_hdu(path, hdus, hdu)
         number = hdus.index_of(chosen)
-        if chosen.header.get("BZERO") == 2**63:  # it would round these to multiples of 1024
+        if chosen.header.get("BZERO") == 2**63:  # else astropy rounds them to multiples of 1024
             chosen = fits.open(file, memmap=False, uint=True)[number]
         header, shape = chosen.header, chosen.shape
         long_axes = [axis for axis, length in enumerate(shape) if length > 1]
@@ -288,8 +288,8 @@ def open_fits(path, hdu):
             for axis, place in zip(others, position, strict=True):
                 index[axis] = int(place)
             data = chosen.section[tuple(index)]
-            if data.dtype.kind == "u" and "BLANK" in header and "BZERO" in header:
-                data = np.where(data == header["BLANK"] + header["BZERO"], np.nan, data)
+            if data.dtype == np.uint64 and "BLANK" in header:
+                data = np.where(data == header["BLANK"] + 2**63, np.nan, data)
             return data
 
         numbers = [len(shape) - axis for axis in range(len(shape))]
