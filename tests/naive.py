@@ -59,7 +59,8 @@ def main(image_path, output_dir):
     catalog.to_csv(output / "catalog.tsv", sep="\t", index=False)
 
     ny, nx = data.shape
-    figure, axes = plt.subplots(figsize=(nx / 100, ny / 100), dpi=100)
+    figure = plt.figure(figsize=(nx / 100, ny / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))  # a pixel of the picture for each of the image
     mean, sigma = np.mean(subtracted), np.std(subtracted)
     axes.imshow(
         subtracted,
