@@ -953,7 +953,7 @@ def masked_as_neighbours(segmentation, mask):
     hidden = segmentation[mask]
     segmentation[mask] = MASKED
     try:
-        yield segmentation
+        yield
     finally:
         segmentation[mask] = hidden
 
@@ -988,25 +988,22 @@ def measure(field, target, objects, segmentation, settings):
     x, y, a, b, theta, sane = sane_shapes(objects)
     image, errors = target.residual, {"err": target.noise, "gain": target.method.extraction.gain}
     in_image_values = target.frame.differences
-    alone = {"seg_id": ids[sane]}
-    with masked_as_neighbours(segmentation, field.mask) as labels:
-        r_k, kron_flag = sep.kron_radius(
-            field.residual, x, y, a, b, theta, KRON_REACH, segmap=labels, **alone
-        )
+    others = {"segmap": segmentation, "seg_id": ids[sane]}
+    with masked_as_neighbours(segmentation, field.mask):
+        r_k, kron_flag = sep.kron_radius(field.residual, x, y, a, b, theta, KRON_REACH, **others)
     # Of positive light it can't be more; of noise around nothing it may be anything.
     r_k = np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
     kron = np.maximum(settings.kron_factor * r_k, settings.kron_min_radius)
-    with masked_as_neighbours(segmentation, target.mask) as labels:
-        alone["segmap"] = labels
+    with masked_as_neighbours(segmentation, target.mask):
         flux, error, flag = sep.sum_ellipse(
-            image, x, y, a, b, theta, kron, subpix=1, **errors, **alone
+            image, x, y, a, b, theta, kron, subpix=1, **errors, **others
         )
         flag[forget_empty(flux, error, target.noise)] |= sep.APER_ALLMASKED
         limit = KRON_REACH * a
-        radius, _ = sep.flux_radius(image, x, y, limit, 0.5, normflux=flux, subpix=5, **alone)
+        radius, _ = sep.flux_radius(image, x, y, limit, 0.5, normflux=flux, subpix=5, **others)
         radius[~((flux > 0) & (radius < limit))] = np.nan
-        xwin, ywin = windowed_centroids(image, labels, ids[sane], x, y, radius)
-        measured = {
+        xwin, ywin = windowed_centroids(image, segmentation, ids[sane], x, y, radius)
+        found = {
             "kron_radius": kron,
             "flux_auto": in_image_values(flux),
             "fluxerr_auto": in_image_values(error),
@@ -1015,11 +1012,11 @@ def measure(field, target, objects, segmentation, settings):
             "ywin": ywin,
         }
         for diameter in settings.aperture_diameters:
-            flux, error, _ = sep.sum_circle(image, x, y, diameter / 2, **errors, **alone)
+            flux, error, _ = sep.sum_circle(image, x, y, diameter / 2, **errors, **others)
             forget_empty(flux, error, target.noise)
-            measured[f"flux_{aperture(diameter)}"] = in_image_values(flux)
-            measured[f"fluxerr_{aperture(diameter)}"] = in_image_values(error)
-    measured = pd.DataFrame(measured, index=ids[sane])
+            found[f"flux_{aperture(diameter)}"] = in_image_values(flux)
+            found[f"fluxerr_{aperture(diameter)}"] = in_image_values(error)
+    measured = pd.DataFrame(found, index=ids[sane])
     measured[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
     measured["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
     measured = measured.reindex(ids).reset_index(drop=True)
@@ -1091,8 +1088,8 @@ def windowed_centroids(image, labels, ids, x, y, radius):
 
     Parameters
     ----------
-    image, labels
-        As in `measure`.
+    image, labels : ndarray, shape (ny, nx)
+        What to measure on, and the map of the sources in which masked pixels have a label too.
     ids, x, y, radius : ndarray
         Labels, positions and half-light radii (pixels) of the sources.
 
@@ -1766,11 +1763,11 @@ def check_usage(args):
     for xmin, xmax, ymin, ymax in args.mask_box:
         if xmin > xmax or ymin > ymax:
             return f"--mask-box {xmin} {xmax} {ymin} {ymax}: the order is XMIN XMAX YMIN YMAX"
-    inputs = (args.image, args.mask, args.err_file, args.filter_file, args.measure_image)
     if len(set(args.aperture_diameters)) < len(args.aperture_diameters):
         return "--aperture-diameters: each diameter may be given once"
     if args.catalog_fits and len(catalog_columns(args.aperture_diameters)) > 999:
         return "--catalog-fits: a FITS table has 999 columns at the most; take fewer apertures"
+    inputs = (args.image, args.mask, args.err_file, args.filter_file, args.measure_image)
     taken = {os.path.realpath(path) for path in inputs if path}
     for product, path in product_paths(args).items():
         option, real = option_of(product), os.path.realpath(path)
