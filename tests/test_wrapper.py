@@ -219,7 +219,7 @@ def test_readme_and_help_have_every_column_with_its_unit():
 
 
 def test_every_test_file_is_used():
-    users = [*ROOT.glob("tests/*.py"), *ROOT.glob("workflows/*"), ROOT / "source_extractor.xml"]
+    users = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("workflows/*"), ROOT / "source_extractor.xml"]
     texts = "\n".join(path.read_text() for path in users if path.name != "make_test_data.py")
     for path in (ROOT / "test-data").iterdir():
         assert path.name in texts, path.name

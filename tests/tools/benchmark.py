@@ -21,7 +21,7 @@ from pathlib import Path
 import sextractor
 
 HERE = Path(__file__).resolve().parent
-TOOL = HERE.parent / "source_extractor.py"
+TOOL = HERE.parents[1] / "source_extractor.py"
 NAIVE = HERE / "naive.py"
 
 PIXELS_PER_SOURCE = 2500

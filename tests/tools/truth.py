@@ -39,7 +39,7 @@ from astropy.table import Table
 
 from sky import galaxies, grid_positions, random_sources, simulate, stars
 
-TOOL = Path(__file__).resolve().parent.parent / "source_extractor.py"
+TOOL = Path(__file__).resolve().parents[2] / "source_extractor.py"
 
 BINS = (5, 10, 20, 50, 200, 500)
 RADIUS = 1.5  # pixels within which a detection and a source are the same

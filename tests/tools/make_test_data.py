@@ -80,7 +80,7 @@ def sky():
     header = wcs.to_header()
     header["BUNIT"] = ("nanomaggy", "1 nanomaggy is 22.5 mag (AB)")
     header["BAND"] = ("g", "that the levels are like")
-    header["COMMENT"] = "Simulated by tests/make_test_data.py; sky_truth.tsv lists the sources."
+    header["COMMENT"] = "Simulated by make_test_data.py; sky_truth.tsv lists the sources."
     return image, header, truth
 
 
@@ -137,7 +137,7 @@ def main(argv=None):
         "directory",
         nargs="?",
         type=Path,
-        default=Path(__file__).resolve().parent.parent / "test-data",
+        default=Path(__file__).resolve().parents[2] / "test-data",
         help="where to (%(default)s)",
     )
     directory = parser.parse_args(argv).directory

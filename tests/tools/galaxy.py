@@ -1,7 +1,7 @@
 """Test the tool in a real Galaxy that is started for the occasion and leaves nothing behind.
 
-    python tests/galaxy.py            # lint and test the tool and the workflows
-    python tests/galaxy.py --serve    # only start the Galaxy, to look at it in a browser
+    python tests/tools/galaxy.py            # lint and test the tool and the workflows
+    python tests/tools/galaxy.py --serve    # only start the Galaxy, to look at it in a browser
 
 Galaxy comes from its PyPI packages, installed beside the tool's own dependencies: jobs run in that
 same environment, without conda. A Celery worker finishes uploads and jobs, because otherwise each
@@ -30,7 +30,7 @@ import yaml
 from bioblend import ConnectionError as BioblendConnectionError
 from bioblend.galaxy import GalaxyInstance
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "source_extractor.xml"
 WORKFLOWS = ROOT / "workflows"
 SCRIPTS = Path(sys.executable).parent

@@ -1,6 +1,6 @@
 """Take pictures of the tool in Galaxy, as its users see it, with headless Chromium.
 
-    python tests/browser.py OUTDIR
+    python tests/tools/browser.py OUTDIR
 
 Needs Debian's packages `chromium` and `chromium-driver`.
 """
