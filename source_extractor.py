@@ -1,8 +1,23 @@
 #!/usr/bin/env python
 """Extract sources from an astronomical or microscopy image with SEP.
 
-The file reads in the order of the work: settings, reading, mask and kernel, background, detection,
-catalogue, products, and last the command line, whose `run` is the table of contents.
+The file reads in the order of the work; `run`, near its end, is the table of contents. Its
+sections:
+
+    Settings                 what can be chosen, under SEP's own names
+    Reading                  a FITS or TIFF file in; its origin, and one plane of pixels out
+    Kernel                   the filter for the detection
+    Mask and frame           which pixels count, and the numbers that SEP works on
+    Background               a field: an image less its background, its mask and noise settled
+    Detection                a field in, objects and the map of their labels out
+    Measurements             sizes, fluxes and centroids of the objects
+    Catalogue                all of it in one table, whose columns stand in another
+    Products: files          a result in; maps, tables and regions out
+    Products: pictures       a result for the eye
+    Products: all or none    the table of them, and how they are put in place
+    Command line: options    what can be said
+    Command line: usage      what can't be said together, and where products go
+    Command line: run        the work, and what is reported of it
 
 Conventions, everywhere: images are indexed (y, x); x and y are 0-based with pixel centres at
 integers; masks are True where a pixel is excluded; `theta` is in radians from +x towards +y.
@@ -36,15 +51,15 @@ import sep
 import tifffile
 from astropy.io import fits
 from astropy.table import Table
-from astropy.visualization import ZScaleInterval
 from astropy.wcs import WCS
 from matplotlib.collections import EllipseCollection
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import AsinhNorm, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 
 __version__ = "1.0.0"
 
 PROG = "source_extractor.py"
+SIGNATURE = f"{PROG} {__version__} (sep {sep.__version__})"
 
 log = logging.getLogger("source_extractor")
 logging.raiseExceptions = False  # a reader of stdout may go away
@@ -82,7 +97,7 @@ def timed(function):
 
 
 # ---------------------------------------------------------------------------------------------
-# Settings, under SEP's own names
+# Settings
 # ---------------------------------------------------------------------------------------------
 
 
@@ -121,47 +136,59 @@ class PhotometrySettings:
     aperture_diameters: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Method:
+    """How to find sources: all that is the same for every image, in its values."""
+
+    kernel: np.ndarray | None
+    err_option: str
+    background_passes: int
+    background: BackgroundSettings
+    extraction: ExtractionSettings
+
+    def within(self, frame):
+        """Return the method with everything that has the image's unit brought into the frame."""
+        extraction = self.extraction
+        if self.err_option == "none":
+            extraction = replace(extraction, thresh=extraction.thresh / frame.scale)
+        if extraction.gain is not None:
+            extraction = replace(extraction, gain=extraction.gain * frame.scale)
+        background = replace(self.background, fthresh=self.background.fthresh / frame.scale)
+        return replace(self, background=background, extraction=extraction)
+
+    def measures_noise(self):
+        """Tell if the noise is that of the background."""
+        return self.err_option in ("float_globalrms", "array_rms")
+
+    def for_measuring(self):
+        """Return the method without what was given for one image only: noise, or threshold."""
+        if self.err_option == "array_rms":
+            return self
+        extraction = self.extraction
+        if self.err_option == "none":
+            extraction = replace(extraction, thresh=ExtractionSettings.thresh)
+        return replace(self, err_option="float_globalrms", extraction=extraction)
+
+
 def aperture(diameter):
     """Return how the columns of a circular aperture end."""
     return f"aper_{diameter:.15g}"
 
 
-def settings_from(args, kind):
-    """Return the settings dataclass `kind`, filled from the parsed options of the same names."""
-    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
-
-
 # ---------------------------------------------------------------------------------------------
-# Reading: FITS or TIFF in, one plane out
+# Reading
 # ---------------------------------------------------------------------------------------------
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FITS_MAGIC = (b"SIMPLE", b"\x1f\x8b", b"BZh")
 
 
-class Stack(NamedTuple):
-    """What an open file holds, before one plane is cut out of it."""
-
-    name: str
-    axes: list[str]
-    shape: tuple[int, ...]
-    image_axes: list[int]
-    dtype: str
-    cut: Callable[[int], np.ndarray]
-    wcs: WCS | None = None
-    unit: str | None = None
-    black: int | None = None
-
-
 @dataclass(frozen=True)
-class Image:
-    """One 2-D plane of a file.
+class Origin:
+    """Where pixels come from, and what their file says of them.
 
     Attributes
     ----------
-    data : ndarray, shape (ny, nx)
-        As stored from `read_plane`; from `read_image` native, contiguous float32 or float64,
-        non-finite where the file has no value.
     name : str
         File, and HDU where there is one, for messages.
     dtype : str
@@ -172,14 +199,26 @@ class Image:
         The header's BUNIT.
     black : int or None
         The value of black in a TIFF in which 0 is white.
+    product : str or None
+        Which of this tool's own products the file says it is.
     """
 
-    data: np.ndarray
     name: str
     dtype: str
-    wcs: WCS | None
-    unit: str | None
-    black: int | None
+    wcs: WCS | None = None
+    unit: str | None = None
+    black: int | None = None
+    product: str | None = None
+
+
+class Stack(NamedTuple):
+    """What an open file holds, before one plane is cut out of it."""
+
+    origin: Origin
+    axes: list[str]
+    shape: tuple[int, ...]
+    image_axes: list[int]
+    cut: Callable[[int], np.ndarray]
 
 
 @contextmanager
@@ -216,7 +255,9 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
 
     Returns
     -------
-    Image
+    origin : Origin
+    pixels : ndarray, shape (ny, nx)
+        As stored.
 
     Raises
     ------
@@ -231,38 +272,42 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     if head.startswith(TIFF_MAGIC):
         kind, opened = "TIFF", open_tiff
         if hdu is not None:
-            raise InputError(f"{path}: a TIFF file has no HDU {hdu}; leave the HDU option out")
+            raise InputError(
+                f"{path}: a TIFF file has no extension (HDU) {hdu}; leave that option out"
+            )
     elif head.startswith(FITS_MAGIC):
         kind, opened = "FITS", partial(open_fits, hdu=hdu)
     else:
         raise InputError(f"{path}: neither a FITS nor a TIFF file; convert it to one of them")
     with reading(path, kind), opened(path) as stack:
-        data = stack.cut(choose_plane(stack, plane, lone_serves_all))
-        if data.dtype.kind not in "biuf":
-            raise InputError(f"{stack.name}: pixels of type {data.dtype} are not real numbers")
-        data = data.reshape([stack.shape[axis] for axis in stack.image_axes])
-        return Image(data, stack.name, stack.dtype, stack.wcs, stack.unit, stack.black)
+        pixels = stack.cut(choose_plane(stack, plane, lone_serves_all))
+        if pixels.dtype.kind not in "biuf":
+            raise InputError(
+                f"{stack.origin.name}: pixels of type {pixels.dtype} are not real numbers"
+            )
+        return stack.origin, pixels.reshape([stack.shape[axis] for axis in stack.image_axes])
 
 
 def choose_plane(stack, plane, lone_serves_all):
     """Return the number of the plane to cut, once it is known to exist and to fit in memory."""
+    name = stack.origin.name
     rows, columns = (stack.shape[axis] for axis in stack.image_axes)
     count = math.prod(stack.shape) // (rows * columns)
     if count == 1 and (plane is None or lone_serves_all):
         plane = 0
     if plane is None or plane >= count:
-        layout = ", ".join(f"{name}={n}" for name, n in zip(stack.axes, stack.shape, strict=True))
+        layout = ", ".join(f"{axis}={n}" for axis, n in zip(stack.axes, stack.shape, strict=True))
         choice = f"choose one from 0 to {count - 1} with the plane option"
         if plane is None and lone_serves_all:
             choice = "the image has only one; give one for it"
         raise InputError(
-            f"{stack.name}: {count} plane{'s' if count > 1 else ''} in axes ({layout}); {choice}"
+            f"{name}: {count} plane{'s' if count > 1 else ''} in axes ({layout}); {choice}"
         )
     needed = 12 * rows * columns
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > present:
         raise InputError(
-            f"{stack.name}: {columns} x {rows} pixels need {needed / 1e9:.0f} GB of memory, of "
+            f"{name}: {columns} x {rows} pixels need {needed / 1e9:.0f} GB of memory, of "
             f"{present / 1e9:.0f} GB here; cut the image into parts"
         )
     return plane
@@ -293,16 +338,15 @@ def open_fits(path, hdu):
             return data
 
         numbers = [len(shape) - axis for axis in range(len(shape))]
-        yield Stack(
+        origin = Origin(
             name=f"{path}[{number}]" + (f" {chosen.name}" if chosen.name else ""),
-            axes=[header.get(f"CTYPE{n}") or f"NAXIS{n}" for n in numbers],
-            shape=shape,
-            image_axes=image_axes,
             dtype=fits.BITPIX2DTYPE[header["BITPIX"]],
-            cut=cut,
             wcs=celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]]),
             unit=str(header["BUNIT"]) if header.get("BUNIT") else None,
+            product=product_told(str(header.get("HISTORY", ""))),
         )
+        axes = [header.get(f"CTYPE{n}") or f"NAXIS{n}" for n in numbers]
+        yield Stack(origin, axes, shape, image_axes, cut)
 
 
 @contextmanager
@@ -339,7 +383,7 @@ def find_hdu(path, hdus, wanted):
         for hdu in hdus:
             if holds_image(hdu):
                 return hdu
-        raise InputError(f"{path}: no HDU holds an image ({describe_hdus(hdus)})")
+        raise InputError(f"{path}: no extension (HDU) holds an image ({describe_hdus(hdus)})")
     name, _, version = wanted.rpartition(",")
     key = (name, int(version)) if name and version.isdecimal() else wanted
     try:
@@ -347,7 +391,7 @@ def find_hdu(path, hdus, wanted):
     except (KeyError, IndexError):
         hdu = None
     if hdu is None or not holds_image(hdu):
-        problem = "no such HDU" if hdu is None else "no image in HDU"
+        problem = f"no {'such' if hdu is None else 'image in'} extension (HDU)"
         raise InputError(f"{path}: {problem}: {wanted}; the file has {describe_hdus(hdus)}")
     return hdu
 
@@ -402,10 +446,19 @@ def open_tiff(path):
             return planes[np.unravel_index(plane, planes.shape[:-2])]
 
         white = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
-        yield Stack(
-            *(str(path), list(axes), shape, image_axes, series.dtype.name, cut),
+        origin = Origin(
+            name=str(path),
+            dtype=series.dtype.name,
             black=(1 << page.bitspersample) - 1 if white else None,
+            product=product_told(page.description),
         )
+        yield Stack(origin, list(axes), shape, image_axes, cut)
+
+
+def product_told(history):
+    """Return which product of this tool a file is, by the history that it tells, or None."""
+    told = re.search(rf"^{re.escape(PROG)} .*: (\w+)$", history, re.MULTILINE)
+    return told and told[1]
 
 
 def to_float(data):
@@ -422,28 +475,36 @@ def read_image(path, hdu=None, plane=None):
 
     Returns
     -------
-    Image
-        float64 where the file has float64 or integers of more than 16 bits, else float32.
+    origin : Origin
+    pixels : ndarray, shape (ny, nx)
+        Native, contiguous, and new: float64 where the file has float64 or integers of more than 16
+        bits, else float32. Not finite where the file has no value.
     """
-    image = read_plane(path, hdu, plane)
-    data = to_float(image.data)
-    return replace(image, data=data if image.black is None else image.black - data)
-
-
-def require_shape(found, shape):
-    """Refuse an `Image` whose shape isn't that of the image to work on."""
-    if found.data.shape != shape:
-        raise InputError(
-            f"{found.name}: its shape (rows, columns) is {found.data.shape}, the image's {shape}; "
-            "give a file that was made for this image"
+    origin, stored = read_plane(path, hdu, plane)
+    if origin.product:
+        log.warning(
+            "%s: its HISTORY says that it is the %s of an earlier run; if that isn't what you "
+            "want to search for sources, choose the original image",
+            *(origin.name, origin.product),
         )
+    pixels = to_float(stored)
+    return origin, pixels if origin.black is None else origin.black - pixels
 
 
 def read_aligned(path, hdu, plane, shape):
     """Read a plane that must have the image's shape (ny, nx); a stack gives the image's plane."""
-    found = read_plane(path, hdu, plane, lone_serves_all=True)
-    require_shape(found, shape)
-    return found.data
+    origin, pixels = read_plane(path, hdu, plane, lone_serves_all=True)
+    require_shape(origin, pixels, shape)
+    return pixels
+
+
+def require_shape(origin, pixels, shape):
+    """Refuse pixels that haven't the shape of the image to work on."""
+    if pixels.shape != shape:
+        raise InputError(
+            f"{origin.name}: its shape (rows, columns) is {pixels.shape}, the image's {shape}; "
+            "give a file that was made for this image"
+        )
 
 
 @timed
@@ -477,22 +538,31 @@ def read_noise(path, hdu, plane, kind, shape):
         if kind == "weight":
             np.divide(1, noise, out=noise)
     if not usable(noise).any():
-        raise InputError(f"{path}: no pixel holds a usable {kind}; see --err-type")
+        raise InputError(
+            f"{path}: no pixel holds a usable {kind}; does it hold something else (--err-type)?"
+        )
     return noise
 
 
-def read_measure_image(path, hdu, plane, image):
-    """Read the image to measure on: it must have the shape of `image`, and should have its WCS."""
-    other = read_image(path, hdu, plane)
-    require_shape(other, image.data.shape)
-    if image.wcs and other.wcs:
-        offset = wcs_offset(image.wcs, other.wcs, image.data.shape)
+def read_measure_image(path, hdu, plane, origin, shape):
+    """Read the image to measure on.
+
+    It must have the shape (ny, nx) of the image from `origin`, and should have its WCS; parameters,
+    returns and errors else as in `read_image`.
+    """
+    measure_origin, pixels = read_image(path, hdu, plane)
+    require_shape(measure_origin, pixels, shape)
+    if origin.wcs and measure_origin.wcs:
+        offset = wcs_offset(origin.wcs, measure_origin.wcs, shape)
         if not offset <= 0.5:
             finding = f"puts the corners of the image up to {offset:.1f} pixels away"
             if offset == math.inf:
                 finding = "can't be compared with the image's"
-            log.warning("%s: its WCS %s; measured pixel by pixel all the same", other.name, finding)
-    return other
+            log.warning(
+                "%s: its WCS %s; measured pixel by pixel all the same",
+                *(measure_origin.name, finding),
+            )
+    return measure_origin, pixels
 
 
 # Corners and centre of an image, in parts of its width and of its height.
@@ -582,12 +652,12 @@ def read_kernel(path):
 # ---------------------------------------------------------------------------------------------
 
 
-def build_mask(image, mask, noise, boxes):
+def build_mask(pixels, mask, noise, boxes):
     """Combine everything that excludes a pixel: no finite value, the mask, no noise, the boxes.
 
     Parameters
     ----------
-    image : ndarray, shape (ny, nx)
+    pixels : ndarray, shape (ny, nx)
     mask : ndarray of bool, shape (ny, nx), or None
     noise : ndarray, shape (ny, nx), or None
         Standard deviations; a pixel without a finite positive one is masked.
@@ -599,7 +669,7 @@ def build_mask(image, mask, noise, boxes):
     InputError
         If a box lies outside the image, or nothing is left.
     """
-    excluded = ~np.isfinite(image)
+    excluded = ~np.isfinite(pixels)
     if mask is not None:
         excluded |= mask
     if noise is not None:
@@ -668,17 +738,12 @@ class Frame:
 
 
 # ---------------------------------------------------------------------------------------------
-# Background and detection
+# Background
 # ---------------------------------------------------------------------------------------------
 
 # How far, in units of (a, b), the sources of the first pass are masked for the second: the profile
 # of a bright galaxy goes on well beyond the isophote it was detected at.
 GROWTH = 6.0
-
-# SEP's own starting values and the most it takes without overflow; see `grow_limits`.
-PIXEL_STACK = 300_000
-SUB_OBJECTS = 1024
-MAX_SUB_OBJECTS = 32767
 
 # What SEP itself puts for the noise of a masked pixel, and the largest number that it can sum.
 NO_WEIGHT = 1e30
@@ -686,45 +751,8 @@ LARGEST = 1e30
 
 
 @dataclass(frozen=True)
-class Method:
-    """How to find sources: all that is the same for every image, in its values."""
-
-    kernel: np.ndarray | None
-    err_option: str
-    background_passes: int
-    background: BackgroundSettings
-    extraction: ExtractionSettings
-
-    def within(self, frame):
-        """Return the method with everything that has the image's unit brought into the frame."""
-        extraction = self.extraction
-        if self.err_option == "none":
-            extraction = replace(extraction, thresh=extraction.thresh / frame.scale)
-        if extraction.gain is not None:
-            extraction = replace(extraction, gain=extraction.gain * frame.scale)
-        background = replace(self.background, fthresh=self.background.fthresh / frame.scale)
-        return replace(self, background=background, extraction=extraction)
-
-    def for_another_image(self):
-        """Return the method without what was given for one image only: noise, or threshold."""
-        if self.err_option == "array_rms":
-            return self
-        extraction = self.extraction
-        if self.err_option == "none":
-            extraction = replace(extraction, thresh=ExtractionSettings.thresh)
-        return replace(self, err_option="float_globalrms", extraction=extraction)
-
-
-class Detections(NamedTuple):
-    """SEP's 30 fields an object, and the map (ny, nx) that labels it index + 1."""
-
-    objects: np.ndarray
-    segmentation: np.ndarray
-
-
-@dataclass(frozen=True)
 class Field:
-    """An image with its background taken off.
+    """An image with its background taken off, ready to be searched and measured.
 
     Attributes
     ----------
@@ -758,16 +786,17 @@ class Field:
 
     def is_noiseless(self):
         """Tell if the noise was to be measured, and there is none."""
-        measured = self.method.err_option in ("float_globalrms", "array_rms")
-        return measured and global_rms(self.background) == 0
+        return self.method.measures_noise() and global_rms(self.background) == 0
 
 
-def subtract_background(image, mask, noise, method):
-    """Estimate the background and take it off, in place.
+@timed
+def build_field(pixels, mask, noise, method):
+    """Estimate the background of an image and take it off.
 
     Parameters
     ----------
-    image : ndarray, shape (ny, nx)
+    pixels : ndarray, shape (ny, nx)
+        The caller gives them up: they become the residual, in place.
     mask : ndarray of bool, shape (ny, nx)
     noise : ndarray, shape (ny, nx), or None
         Noise image for the method's `err_option` "file".
@@ -782,66 +811,74 @@ def subtract_background(image, mask, noise, method):
     InputError
         If too little of the image is unmasked.
     """
-    frame = Frame.of(image, mask)
-    frame.enter(image)
-    if not -LARGEST < image.min() <= image.max() < LARGEST:
-        mask = mask | ~(np.abs(image) < LARGEST)
+    frame = Frame.of(pixels, mask)
+    frame.enter(pixels)
+    if not -LARGEST < pixels.min() <= pixels.max() < LARGEST:
+        mask = mask | too_large(pixels)
     method = method.within(frame)
     if noise is not None:
         noise = noise / frame.scale
-    background = estimate_background(image, mask, method.background)
+
+    def field_of(residual, background):
+        settled = settle_noise(mask, noise, background, method)
+        return Field(residual, *settled, background, method, frame)
+
+    background = estimate_background(pixels, mask, method.background)
     if background is None:
         raise InputError(
             f"no background box of {method.background.bw} x {method.background.bh} pixels has half "
-            "of its pixels unmasked; mask less, or take other boxes with --bw and --bh"
+            "of its pixels unmasked; mask less, or take other background boxes (--bw and --bh)"
         )
     if method.background_passes == 2:
-        residual = image - background
-        first = settle_noise(Field(residual, mask, noise, background, method, frame))
-        background = estimate_again(image, mask, first) or background
-    background.subfrom(image)
-    return settle_noise(Field(image, mask, noise, background, method, frame))
+        first = field_of(pixels - background, background)
+        background = estimate_again(pixels, mask, first) or background
+    background.subfrom(pixels)
+    return field_of(pixels, background)
 
 
-def estimate_again(image, mask, first):
-    """Return the background with the sources of a first `Field` masked, or None if that fails."""
-    if first.is_noiseless():
-        return None
-    grown = grow_mask(mask, find_sources(first).objects)
-    background = estimate_background(image, grown, first.method.background)
-    if background is None:
-        log.warning("sources fill every background box: kept the background of the first pass")
-    return background
+def build_measure_field(pixels, mask, method):
+    """Return the `Field` of an image that is only measured, under the mask of the other one.
+
+    The pixels become its residual, in place.
+    """
+    return build_field(pixels, build_mask(pixels, mask, None, []), None, method.for_measuring())
 
 
-def settle_noise(field):
-    """Return the field with the noise that its method wants, where it had the one given, if any."""
-    if field.method.err_option in ("none", "float_globalrms") or field.is_noiseless():
-        return replace(field, noise=global_rms(field.background))
-    given = field.method.err_option == "file"
-    noise = field.noise.copy() if given else field.background.rms()
-    mask = field.mask | ~usable(noise)
+def too_large(pixels):
+    """Tell where values are too large for SEP to sum, or no numbers."""
+    return ~(np.abs(pixels) < LARGEST)
+
+
+def settle_noise(mask, noise, background, method):
+    """Return the mask and the noise of a field, as its method wants them.
+
+    Parameters
+    ----------
+    mask : ndarray of bool, shape (ny, nx)
+    noise : ndarray, shape (ny, nx), or None
+        That of a noise image.
+    background : sep.Background
+    method : Method
+    """
+    overall = global_rms(background)
+    if method.err_option in ("none", "float_globalrms") or (noise is None and overall == 0):
+        return mask, overall
+    noise = background.rms() if noise is None else noise.copy()
+    mask = mask | ~usable(noise)
     noise[mask] = NO_WEIGHT
-    return replace(field, noise=noise, mask=mask)
-
-
-def subtract_other(other, mask, method):
-    """Return the `Field` of an `Image` that is only measured, under the mask of the other one."""
-    with about(other.name):
-        mask = build_mask(other.data, mask, None, [])
-        return subtract_background(other.data, mask, None, method.for_another_image())
+    return mask, noise
 
 
 @timed
-def estimate_background(image, mask, settings):
-    """Return the `sep.Background` of an image (ny, nx), or None if SEP could use no box of it."""
+def estimate_background(pixels, mask, settings):
+    """Return the `sep.Background` of an image (ny, nx), or None if SEP can use no box of it."""
     # SEP allocates whole boxes, also those larger than the image.
-    bw, bh = min(settings.bw, image.shape[1]), min(settings.bh, image.shape[0])
+    bw, bh = min(settings.bw, pixels.shape[1]), min(settings.bh, pixels.shape[0])
     if not mask.any():
         mask = None  # SEP is faster without
     elif not has_usable_box(mask, bw, bh):
         return None
-    return sep.Background(image, mask=mask, **asdict(replace(settings, bw=bw, bh=bh)))
+    return sep.Background(pixels, mask=mask, **asdict(replace(settings, bw=bw, bh=bh)))
 
 
 def has_usable_box(mask, bw, bh):
@@ -850,6 +887,17 @@ def has_usable_box(mask, bw, bh):
     good = np.add.reduceat(np.add.reduceat(~mask, rows, axis=0, dtype=np.int64), columns, axis=1)
     heights, widths = np.diff(rows, append=mask.shape[0]), np.diff(columns, append=mask.shape[1])
     return (2 * good >= np.outer(heights, widths)).any()
+
+
+def estimate_again(pixels, mask, first):
+    """Return the background with the sources of a first `Field` masked, or None if that fails."""
+    if first.is_noiseless():
+        return None
+    grown = grow_mask(mask, find_sources(first).objects)
+    background = estimate_background(pixels, grown, first.method.background)
+    if background is None:
+        log.warning("sources fill every background box: kept the background of the first pass")
+    return background
 
 
 def grow_mask(mask, objects):
@@ -867,18 +915,28 @@ def global_rms(background):
     return 0.0 if rms == 1 and not background.rms().any() else rms
 
 
-def require_noise(field):
-    """Refuse sources in a field without the noise that the threshold is to be a multiple of."""
-    if field.is_noiseless() and field.residual[~field.mask].any():
-        raise InputError(
-            "the background has no noise, so a threshold in units of it has no meaning; give an "
-            "absolute one with --err-option none, or the noise with --err-option file"
-        )
+# ---------------------------------------------------------------------------------------------
+# Detection
+# ---------------------------------------------------------------------------------------------
+
+# SEP's own starting values and the most it takes without overflow; see `grow_limits`.
+PIXEL_STACK = 300_000
+SUB_OBJECTS = 1024
+MAX_SUB_OBJECTS = 32767
+
+
+class Detections(NamedTuple):
+    """SEP's 30 fields an object, and the map (ny, nx) that labels it index + 1."""
+
+    objects: np.ndarray
+    segmentation: np.ndarray
 
 
 @timed
 def find_sources(field):
     """Run `sep.extract`, with its internal limits grown as far as this image needs.
+
+    Meanwhile masked pixels in the first rows of the residual are 0.
 
     Parameters
     ----------
@@ -887,27 +945,44 @@ def find_sources(field):
     Returns
     -------
     Detections
+
+    Raises
+    ------
+    InputError
+        If there is no noise for the threshold to be a multiple of, or SEP gives up.
     """
+    if field.is_noiseless() and field.residual[~field.mask].any():
+        raise InputError(
+            "the background has no noise, so a threshold in units of it has no meaning; give an "
+            "absolute one (--err-option none), or a noise image (--err-option file)"
+        )
     residual, mask, kernel = field.residual, field.mask, field.method.kernel
-    noise = None if field.method.err_option == "none" else field.noise
-    sep.set_extract_pixstack(PIXEL_STACK)
-    sep.set_sub_object_limit(SUB_OBJECTS)
-    # SEP filters the first rows before it has applied the mask to them.
-    first = residual[: 0 if kernel is None else kernel.shape[0] // 2]
-    kept = first.copy()
-    first[mask[: len(first)]] = 0
     keywords = asdict(field.method.extraction) | {
+        "err": None if field.method.err_option == "none" else field.noise,
         "filter_kernel": kernel,
         "segmentation_map": True,
     }
-    try:
+    sep.set_extract_pixstack(PIXEL_STACK)
+    sep.set_sub_object_limit(SUB_OBJECTS)
+    # SEP filters the first rows before it has applied the mask to them.
+    first = slice(0 if kernel is None else kernel.shape[0] // 2)
+    with replaced(residual[first], mask[first], 0):
         while True:
             try:
-                return Detections(*sep.extract(residual, err=noise, mask=mask, **keywords))
+                return Detections(*sep.extract(residual, mask=mask, **keywords))
             except Exception as error:  # SEP raises nothing narrower
                 grow_limits(error, residual.size)
+
+
+@contextmanager
+def replaced(array, where, value):
+    """Put a value into an array, in place, and back at the end what was there."""
+    before = array[where]
+    array[where] = value
+    try:
+        yield
     finally:
-        first[:] = kept
+        array[where] = before
 
 
 def grow_limits(error, pixels):
@@ -921,8 +996,8 @@ def grow_limits(error, pixels):
         log.debug("too many sub-objects, limit grown to %d", sep.get_sub_object_limit())
     elif "deblending overflow" in str(error):
         raise InputError(
-            f"a source splits into more than {MAX_SUB_OBJECTS} parts; raise --thresh, or switch "
-            "deblending off with --deblend-nthresh 1"
+            f"a source splits into more than {MAX_SUB_OBJECTS} parts; raise the threshold "
+            "(--thresh), or switch deblending off (--deblend-nthresh 1)"
         ) from error
     else:
         raise InputError(f"SEP gave up: {one_line(error)}") from error
@@ -943,85 +1018,126 @@ WINDOW_REACH = 4.0
 MASKED = 2**30
 
 
-@contextmanager
-def masked_as_neighbours(segmentation, mask):
-    """Give masked pixels a label of their own, so that SEP leaves them out as it does neighbours.
+class Shapes(NamedTuple):
+    """Positions (pixels) and ellipses of objects, as SEP takes them."""
 
-    With `mask=` beside `segmap=` SEP would scale each sum up by the area of both, and so the flux
-    would depend on whether there is a mask. Done in place, and undone.
-    """
-    hidden = segmentation[mask]
-    segmentation[mask] = MASKED
-    try:
-        yield
-    finally:
-        segmentation[mask] = hidden
+    x: np.ndarray
+    y: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    theta: np.ndarray
 
 
 @timed
-def measure(field, target, objects, segmentation, settings):
-    """Measure sizes, Kron and aperture fluxes, and windowed centroids.
+def measure(field, measure_field, found, settings):
+    """Measure background, sizes, Kron and aperture fluxes, and windowed centroids.
 
-    Neighbours and masked pixels are left out of every sum.
+    Neighbours and masked pixels are left out of every sum; meanwhile the map labels masked pixels.
 
     Parameters
     ----------
-    field, target : Field
+    field, measure_field : Field
         Where the objects were found, which gives the Kron ellipses, and where to measure in them.
-    objects : structured ndarray
-        `sep.extract`'s objects.
-    segmentation : ndarray of int32, shape (ny, nx)
-        Their map: 0 for sky, index + 1 for an object.
+    found : Detections
     settings : PhotometrySettings
 
     Returns
     -------
     DataFrame
         A row an object, in pixels and image values; nan where there is nothing to measure.
-
-    Notes
-    -----
-    The Kron radius (Kron 1980) is SExtractor's: max(kron_factor r_k, kron_min_radius) in units of
-    (a, b); like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
     """
+    objects, labels = found
     ids = np.arange(1, len(objects) + 1, dtype=np.int32)
-    x, y, a, b, theta, sane = sane_shapes(objects)
-    image, errors = target.residual, {"err": target.noise, "gain": target.method.extraction.gain}
-    in_image_values = target.frame.differences
-    others = {"segmap": segmentation, "seg_id": ids[sane]}
-    with masked_as_neighbours(segmentation, field.mask):
-        r_k, kron_flag = sep.kron_radius(field.residual, x, y, a, b, theta, KRON_REACH, **others)
-    # Of positive light it can't be more; of noise around nothing it may be anything.
-    r_k = np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
-    kron = np.maximum(settings.kron_factor * r_k, settings.kron_min_radius)
-    with masked_as_neighbours(segmentation, target.mask):
-        flux, error, flag = sep.sum_ellipse(
-            image, x, y, a, b, theta, kron, subpix=1, **errors, **others
-        )
-        flag[forget_empty(flux, error, target.noise)] |= sep.APER_ALLMASKED
-        limit = KRON_REACH * a
-        radius, _ = sep.flux_radius(image, x, y, limit, 0.5, normflux=flux, subpix=5, **others)
-        radius[~((flux > 0) & (radius < limit))] = np.nan
-        xwin, ywin = windowed_centroids(image, segmentation, ids[sane], x, y, radius)
-        found = {
-            "kron_radius": kron,
-            "flux_auto": in_image_values(flux),
-            "fluxerr_auto": in_image_values(error),
-            "flux_radius": radius,
-            "xwin": xwin,
-            "ywin": ywin,
-        }
-        for diameter in settings.aperture_diameters:
-            flux, error, _ = sep.sum_circle(image, x, y, diameter / 2, **errors, **others)
-            forget_empty(flux, error, target.noise)
-            found[f"flux_{aperture(diameter)}"] = in_image_values(flux)
-            found[f"fluxerr_{aperture(diameter)}"] = in_image_values(error)
-    measured = pd.DataFrame(found, index=ids[sane])
+    shapes, sane = sane_shapes(objects)
+    neighbours = {"segmap": labels, "seg_id": ids[sane]}
+    with masked_as_neighbours(labels, field.mask):
+        kron, kron_flag = kron_radii(field, shapes, neighbours, settings)
+    with masked_as_neighbours(labels, measure_field.mask):
+        flux, error, flag = kron_fluxes(measure_field, shapes, kron, neighbours)
+        radius = half_light_radii(measure_field, shapes, flux, neighbours)
+        xwin, ywin = windowed_centroids(measure_field, shapes, radius, neighbours)
+        apertures = aperture_fluxes(measure_field, shapes, settings.aperture_diameters, neighbours)
+    fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
+    in_image_values = map(measure_field.frame.differences, fluxes.values())
+    measured = pd.DataFrame(dict(zip(fluxes, in_image_values, strict=True)), index=ids[sane])
+    measured = measured.assign(kron_radius=kron, flux_radius=radius, xwin=xwin, ywin=ywin)
     measured[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
     measured["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
     measured = measured.reindex(ids).reset_index(drop=True)
     measured["flag_auto"] = measured["flag_auto"].fillna(sep.APER_ALLMASKED).astype(np.int64)
-    return measured
+    return measured.assign(**survey_background(measure_field, objects))
+
+
+def sane_shapes(objects):
+    """Return the `Shapes` of the objects that SEP can measure, and which these are.
+
+    One that it refuses would make it give up on all: a shape that is not finite, or a theta that
+    was a float32 and is a hair over pi/2.
+    """
+    x, y, a, b, theta = (objects[name] for name in ("x", "y", "a", "b", "theta"))
+    a, b = np.maximum(a, b), np.minimum(a, b)
+    theta = np.mod(theta + np.pi / 2, np.pi) - np.pi / 2
+    sane = np.isfinite(x + y + a + theta) & (b > 0)
+    return Shapes(*(values[sane] for values in (x, y, a, b, theta))), sane
+
+
+def masked_as_neighbours(labels, mask):
+    """Give masked pixels a label of their own, so that SEP leaves them out as it does neighbours.
+
+    With `mask=` beside `segmap=` SEP would scale each sum up by the area of both, and so the flux
+    would depend on whether there is a mask.
+    """
+    return replaced(labels, mask, MASKED)
+
+
+def kron_radii(field, shapes, neighbours, settings):
+    """Return the radii of the AUTO ellipses in units of (a, b), and SEP's flags.
+
+    SExtractor's recipe: max(kron_factor r_k, kron_min_radius), r_k of Kron (1980).
+    """
+    r_k, flag = sep.kron_radius(field.residual, *shapes, KRON_REACH, **neighbours)
+    # Of positive light it can't be more; of noise around nothing it may be anything.
+    r_k = np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
+    return np.maximum(settings.kron_factor * r_k, settings.kron_min_radius), flag
+
+
+def kron_fluxes(field, shapes, kron, neighbours):
+    """Return the fluxes in the AUTO ellipses, their errors, and SEP's flags.
+
+    Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
+    """
+    flux, error, flag = sep.sum_ellipse(
+        field.residual, *shapes, kron, subpix=1, **noise_keywords(field), **neighbours
+    )
+    flag[forget_empty(flux, error, field.noise)] |= sep.APER_ALLMASKED
+    return flux, error, flag
+
+
+def half_light_radii(field, shapes, flux, neighbours):
+    """Return the radii (pixels) of the circles that hold half of each flux, nan where none does."""
+    limit = KRON_REACH * shapes.a
+    radius, _ = sep.flux_radius(
+        field.residual, shapes.x, shapes.y, limit, 0.5, normflux=flux, subpix=5, **neighbours
+    )
+    radius[~((flux > 0) & (radius < limit))] = np.nan
+    return radius
+
+
+def aperture_fluxes(field, shapes, diameters, neighbours):
+    """Return the fluxes in circles, and their errors, under the names of their columns."""
+    found = {}
+    for diameter in diameters:
+        flux, error, _ = sep.sum_circle(
+            field.residual, shapes.x, shapes.y, diameter / 2, **noise_keywords(field), **neighbours
+        )
+        forget_empty(flux, error, field.noise)
+        found |= {f"flux_{aperture(diameter)}": flux, f"fluxerr_{aperture(diameter)}": error}
+    return found
+
+
+def noise_keywords(field):
+    """Return what SEP wants to know for the errors of its sums."""
+    return {"err": field.noise, "gain": field.method.extraction.gain}
 
 
 def forget_empty(flux, error, noise):
@@ -1031,56 +1147,7 @@ def forget_empty(flux, error, noise):
     return empty
 
 
-def sane_shapes(objects):
-    """Return x, y, a, b, theta of the objects that SEP can measure, and which these are.
-
-    One that it refuses would make it give up on all: a shape that is not finite, or a theta that
-    was a float32 and is a hair over pi/2.
-    """
-    x, y, a, b, theta = (objects[name] for name in ("x", "y", "a", "b", "theta"))
-    a, b = np.maximum(a, b), np.minimum(a, b)
-    theta = np.mod(theta + np.pi / 2, np.pi) - np.pi / 2
-    sane = np.isfinite(x + y + a + theta) & (b > 0)
-    return *(values[sane] for values in (x, y, a, b, theta)), sane
-
-
-def survey_background(field, target, objects, write):
-    """Have the background and its RMS written, one at a time; return what they are at the objects.
-
-    Parameters
-    ----------
-    field, target : Field
-        Whose maps are written, and whose values are returned.
-    objects : structured ndarray
-    write : callable
-        Takes the name of the product and the map (ny, nx), in image values.
-
-    Returns
-    -------
-    dict of str to ndarray
-    """
-
-    def survey(product, make_map):
-        values = make_map(field)
-        write(product, values)
-        return at_objects(values if target is field else make_map(target), objects)
-
-    return {
-        "background": survey("background", Field.level_map),
-        "rms": survey("rms", Field.rms_map),
-    }
-
-
-def at_objects(values, objects):
-    """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
-    rows, columns = (
-        np.clip(np.rint(np.nan_to_num(objects[name])), 0, size - 1).astype(int)
-        for name, size in zip(("y", "x"), values.shape, strict=True)
-    )
-    return values[rows, columns].astype(float)
-
-
-def windowed_centroids(image, labels, ids, x, y, radius):
+def windowed_centroids(field, shapes, radius, neighbours):
     """Return the centroids in a Gaussian window, nan where a source has no `radius`.
 
     SExtractor's XWIN_IMAGE and YWIN_IMAGE. `sep.winpos` knows no neighbours, and would run to a
@@ -1088,18 +1155,21 @@ def windowed_centroids(image, labels, ids, x, y, radius):
 
     Parameters
     ----------
-    image, labels : ndarray, shape (ny, nx)
-        What to measure on, and the map of the sources in which masked pixels have a label too.
-    ids, x, y, radius : ndarray
-        Labels, positions and half-light radii (pixels) of the sources.
+    field : Field
+    shapes : Shapes
+    radius : ndarray
+        Half-light radii, pixels.
+    neighbours : dict
+        The map "segmap", in which masked pixels have a label too, and the sources' own, "seg_id".
 
     Returns
     -------
     xwin, ywin : ndarray
     """
-    xwin, ywin = np.full((2, len(x)), np.nan)
+    image, labels = field.residual, neighbours["segmap"]
+    xwin, ywin = np.full((2, len(radius)), np.nan)
     sized = np.flatnonzero(np.isfinite(radius))
-    ids, x, y = ids[sized], x[sized], y[sized]
+    ids, x, y = neighbours["seg_id"][sized], shapes.x[sized], shapes.y[sized]
     sigma = WINDOW_SIGMA * np.maximum(radius[sized], 0.5)
     reach = 1.25 * WINDOW_REACH * sigma + 2  # the window moves
     _, _, flag = sep.sum_circle(image, x, y, reach, segmap=labels, seg_id=ids, subpix=1)
@@ -1144,6 +1214,23 @@ def lone_stamp(image, labels, label, x, y, reach):
     foreign[inside] = (labels[rows, columns] != 0) & (labels[rows, columns] != label)
     opposite = np.where(foreign[::-1, ::-1], 0, stamp[::-1, ::-1])
     return np.where(foreign, opposite, stamp), left, bottom
+
+
+def survey_background(field, objects):
+    """Return the background and its RMS at the objects, in image values, by column."""
+    return {
+        "background": at_objects(field.level_map(), objects),
+        "rms": at_objects(field.rms_map(), objects),
+    }
+
+
+def at_objects(values, objects):
+    """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
+    rows, columns = (
+        np.clip(np.rint(np.nan_to_num(objects[name])), 0, size - 1).astype(int)
+        for name, size in zip(("y", "x"), values.shape, strict=True)
+    )
+    return values[rows, columns].astype(float)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1227,9 +1314,10 @@ COLUMNS = (
 )
 
 
-def catalog_columns(diameters):
+def catalog_columns(diameters, image_unit="image", measured_unit="measured"):
     """Return all columns of the catalogue, with those for the aperture diameters (pixels)."""
-    return COLUMNS + tuple(
+    units = {"image": image_unit, "measured": measured_unit}
+    columns = COLUMNS + tuple(
         Column(f"{name}_{aperture(diameter)}", unit, ucd, f"{text}, {diameter:.15g} pixels wide")
         for diameter in diameters
         for name, unit, ucd, text in (
@@ -1239,6 +1327,7 @@ def catalog_columns(diameters):
             ("magerr", "mag", "stat.error;phot.mag", "error of the magnitude in a circle"),
         )
     )
+    return tuple(column._replace(unit=units.get(column.unit, column.unit)) for column in columns)
 
 
 def build_catalog(objects, frame, measured, wcs, settings):
@@ -1251,7 +1340,7 @@ def build_catalog(objects, frame, measured, wcs, settings):
     frame : Frame
         The one they were found in.
     measured : DataFrame
-        What `measure` found, and the background and its RMS there, in image values.
+        What `measure` found.
     wcs : WCS or None
     settings : PhotometrySettings
     """
@@ -1295,11 +1384,337 @@ def sky_positions(wcs, x, y):
 
 
 # ---------------------------------------------------------------------------------------------
-# Products
+# Products: files
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that the products are made from.
+
+    Attributes
+    ----------
+    origin : Origin
+        Of the image.
+    field : Field
+    segmentation : ndarray of int32, shape (ny, nx)
+    catalog : DataFrame
+    columns : tuple of Column
+        Those of the catalogue, with their units.
+    settings : list of str
+        How it was made, a line each.
+    image_format : {"fits", "tiff"} or None
+        Of image products; None to go by their extensions.
+    """
+
+    origin: Origin
+    field: Field
+    segmentation: np.ndarray
+    catalog: pd.DataFrame
+    columns: tuple[Column, ...]
+    settings: list[str]
+    image_format: str | None
+
+    def history(self, product):
+        """Return lines that say what made a product, which one it is, and with what settings."""
+        return [f"{SIGNATURE}: {product}", *self.settings]
+
+
+def write_background(path, result):
+    """Write the background level at each pixel."""
+    write_image(path, result, "background", result.field.level_map(), result.origin.unit)
+
+
+def write_rms(path, result):
+    """Write the background RMS at each pixel."""
+    write_image(path, result, "rms", result.field.rms_map(), result.origin.unit)
+
+
+def write_segmentation(path, result):
+    """Write the map of the labels."""
+    write_image(path, result, "segmentation", result.segmentation, None)
+
+
+def write_subtracted(path, result):
+    """Write the image less its background."""
+    residual = result.field.frame.differences(result.field.residual)
+    write_image(path, result, "subtracted", residual, result.origin.unit)
+
+
+def write_image(path, result, product, values, unit):
+    """Write an image product; floats as float32, unless the image is float64.
+
+    TIFF keeps neither WCS nor unit, and labels as the smallest unsigned integers that hold them.
+
+    Parameters
+    ----------
+    path : Path
+    result : Result
+    product : str
+        Its name, for the history.
+    values : ndarray, shape (ny, nx)
+    unit : str or None
+        BUNIT.
+    """
+    if values.dtype == np.float64 and result.origin.dtype != "float64":
+        values = values.astype(np.float32)
+    form, history = result.image_format, result.history(product)
+    if form == "tiff" or (form is None and path.suffix.lower() in (".tif", ".tiff")):
+        if values.dtype.kind == "i":
+            values = values.astype(np.min_scalar_type(values.max()))
+        tifffile.imwrite(path, values, description="\n".join(history), metadata=None)
+        return
+    wcs = result.origin.wcs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of cards that the WCS standard renames
+        hdus = wcs.to_fits(relax=True) if wcs else fits.HDUList([fits.PrimaryHDU()])
+        primary = hdus[0]
+        primary.data = values
+        if unit:
+            primary.header["BUNIT"] = unit
+        for line in history:
+            primary.header.add_history(line)
+        hdus.writeto(path, overwrite=True, output_verify="exception")
+
+
+def write_catalog(path, result):
+    """Write the catalogue as tab-separated text: one line of names, full precision, `nan`."""
+    # pandas is slower to write its own numbers than Python's.
+    values = result.catalog.astype(object)
+    values.to_csv(path, sep="\t", index=False, na_rep="nan", lineterminator="\n")
+
+
+def write_catalog_fits(path, result):
+    """Write the catalogue as a FITS binary table with units, descriptions and UCDs."""
+    table = Table.from_pandas(result.catalog)
+    for column in result.columns:
+        table[column.name].description = column.description
+    table.meta["HISTORY"] = result.history("catalog_fits")
+    buffer = io.BytesIO()
+    table.write(buffer, format="fits")  # with the descriptions as astropy reads them
+    buffer.seek(0)
+    with fits.open(buffer) as hdus:
+        header = hdus[1].header
+        for number, column in enumerate(result.columns, start=1):
+            if column.unit:
+                header[f"TUNIT{number}"] = column.unit
+            header[f"TCOMM{number}"] = column.description
+            header[f"TUCD{number}"] = column.ucd
+        hdus.writeto(path, overwrite=True)
+
+
+def write_regions(path, result):
+    """Write a DS9 region file: ellipses of semi-axes 3a and 3b, labelled with the id.
+
+    In sky coordinates (ICRS) where the catalogue has them, else in DS9's 1-based pixels.
+    """
+    catalog = result.catalog
+    x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
+    if catalog["ra"].notna().any():
+        system, shapes = "icrs", sky_ellipses(result.origin.wcs, x, y, 3 * a, 3 * b, theta)
+        form = 'ellipse({:.15g},{:.15g},{:.9g}",{:.9g}",{:.9g})'
+    else:
+        system, shapes = "image", np.array([x + 1, y + 1, 3 * a, 3 * b, np.degrees(theta)])
+        form = "ellipse({:.9g},{:.9g},{:.9g},{:.9g},{:.9g})"
+    lines = ["# Region file format: DS9 version 4.1", "global color=red", system]
+    lines += [
+        f"{form.format(*shape)} # text={{{label}}}"
+        for label, shape in zip(catalog["id"], shapes.T, strict=True)
+        if np.isfinite(shape).all()
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def sky_ellipses(wcs, x, y, a, b, theta):
+    """Return ra, dec (degrees), semi-axes (arcsec) and DS9's angle (degrees) of pixel ellipses.
+
+    DS9 counts the angle from west through north, 90 degrees ahead of the position angle.
+    """
+    along, across = (np.cos(theta), np.sin(theta)), (-np.sin(theta), np.cos(theta))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        centre, major, minor = (
+            wcs.pixel_to_world(x + length * dx, y + length * dy).icrs
+            for length, (dx, dy) in ((0, along), (a, along), (b, across))
+        )
+    return np.array(
+        [
+            centre.ra.deg,
+            centre.dec.deg,
+            centre.separation(major).arcsec,
+            centre.separation(minor).arcsec,
+            (centre.position_angle(major).deg + 90) % 180,
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Products: pictures
+# ---------------------------------------------------------------------------------------------
+
+# The most pixels a side of a panel; larger images are reduced to it before anything is drawn.
+PICTURE_SIDE = 1000
+
+
+def shrink(image, row_of_blocks):
+    """Reduce an image (ny, nx) to the resolution of a picture, a strip of it at a time.
+
+    Parameters
+    ----------
+    image : ndarray, shape (ny, nx)
+    row_of_blocks : callable
+        `block_means` or `block_maxima`.
+    """
+    step = math.ceil(max(image.shape) / PICTURE_SIDE)
+    starts = np.arange(0, image.shape[1], step)
+    tops = range(0, image.shape[0], step)
+    return np.stack([row_of_blocks(image[top : top + step], starts) for top in tops])
+
+
+def block_means(strip, starts):
+    """Return the mean of the finite values of each block of a strip, nan where there are none."""
+    finite = np.isfinite(strip)
+    total = np.add.reduceat(np.where(finite, strip, 0).sum(axis=0, dtype=np.float64), starts)
+    with np.errstate(invalid="ignore"):
+        return total / np.add.reduceat(finite.sum(axis=0), starts)
+
+
+def block_maxima(strip, starts):
+    """Return the largest value of each block of a strip."""
+    return np.maximum.reduceat(strip.max(axis=0), starts)
+
+
+def panel_size(shape):
+    """Return the width and height in inches of the panel for an image of this shape (ny, nx)."""
+    height, width = (8 * max(length / max(shape), 0.2) for length in shape)
+    return width, height
+
+
+def show_image(axes, picture, shape, **style):
+    """Show a shrunken picture of an image of this shape, row 0 at the bottom, axes in pixels."""
+    axes.set(xlabel="x (pixel)", ylabel="y (pixel)")
+    extent = (-0.5, shape[1] - 0.5, -0.5, shape[0] - 0.5)
+    return axes.imshow(picture, origin="lower", extent=extent, interpolation="nearest", **style)
+
+
+# A veil over masked pixels, thicker the more of a picture's pixel is masked.
+VEIL = LinearSegmentedColormap.from_list("veil", [(0.1, 0.3, 1, 0), (0.1, 0.3, 1, 0.5)])
+
+
+def show_sources(axes, result):
+    """Show the background-subtracted image in grey, with a red ellipse of 6a x 6b a source.
+
+    Masked pixels are under a blue veil.
+    """
+    field, catalog = result.field, result.catalog
+    picture, masked = shrink(field.residual, block_means), shrink(field.mask, block_means)
+    # The scale of greys would overflow beyond.
+    picture = np.clip(field.frame.differences(picture), -1e300, 1e300)
+    open_sky = masked <= np.median(masked[masked < 1])
+    norm = stretch(picture[open_sky])
+    drawn = show_image(axes, picture, field.mask.shape, cmap="gray", norm=norm)
+    title = f"{len(catalog)} source{'s' if len(catalog) != 1 else ''}"
+    if masked.any():
+        title += "\nmasked pixels in blue"
+        show_image(axes, masked, field.mask.shape, cmap=VEIL, vmin=0, vmax=1)
+    axes.set_title(title, loc="left")
+    x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
+    ellipses = EllipseCollection(
+        *(6 * a, 6 * b, np.degrees(theta)),
+        units="xy",
+        offsets=np.column_stack([x, y]),
+        offset_transform=axes.transData,
+        facecolors="none",
+        edgecolors="red",
+        linewidths=0.8,
+    )
+    axes.add_collection(ellipses, autolim=False)
+    return drawn
+
+
+def stretch(values):
+    """Return the scale of greys that shows faint sky and bright cores together.
+
+    Linear within the noise and logarithmic far above it (Lupton, Gunn & Szalay 1999).
+    """
+    low, middle, top = np.percentile(values, [16, 50, 100])
+    noise = middle - low or (top - middle) / 1000 or 1.0
+    return AsinhNorm(noise / 2, middle - 3 * noise, max(top, middle + 3 * noise))
+
+
+def draw_overlay(path, result):
+    """Draw the picture of the sources (PNG)."""
+    width, height = panel_size(result.field.mask.shape)
+    whole_width, whole_height = width + 1, height + 1.1
+    figure = Figure(figsize=(whole_width, whole_height), dpi=120)
+    axes = figure.add_axes(
+        (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height)
+    )
+    show_sources(axes, result)
+    figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
+
+
+def draw_overview(path, result):
+    """Draw four panels with colour bars: sources, background, RMS, segmentation (PNG)."""
+    field, labels = result.field, result.segmentation
+    width, height = panel_size(labels.shape)
+    figure = Figure(figsize=(2 * width + 3, 2 * height + 1.5), dpi=85, layout="compressed")
+    panels = figure.subplots(2, 2).ravel()
+    colours = np.random.default_rng(0).uniform(0.3, 1, (len(result.catalog) + 1, 3))
+    colours[0] = 0
+    drawn = [show_sources(panels[0], result)]
+    for axes, title, picture, colour_map in (
+        (panels[1], "background", shrink(field.level_map(), block_means), None),
+        (panels[2], "background RMS", shrink(field.rms_map(), block_means), None),
+        (panels[3], "segmentation", shrink(labels, block_maxima), ListedColormap(colours)),
+    ):
+        drawn.append(show_image(axes, picture, labels.shape, cmap=colour_map))
+        axes.set_title(title, loc="left")
+    for axes, picture in zip(panels, drawn, strict=True):
+        figure.colorbar(picture, ax=axes)
+    figure.savefig(path, format="png")
+
+
+# ---------------------------------------------------------------------------------------------
+# Products: all or none
 # ---------------------------------------------------------------------------------------------
 
 SUFFIXES = {"fits": ".fits", "tiff": ".tiff"}
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Product(NamedTuple):
+    """A product: its name in the output directory (None: on request), what it is, its writer.
+
+    Images get their extension by their format.
+    """
+
+    default: str | None
+    text: str
+    write: Callable[[Path, Result], None]
+
+
+PRODUCTS = {
+    "background": Product("background", "level of the background", write_background),
+    "rms": Product("rms", "noise of the background", write_rms),
+    "segmentation": Product("segmentation", "map of the sources' labels", write_segmentation),
+    "overlay": Product("sources.png", "PNG of the sources as ellipses", draw_overlay),
+    "catalog": Product("catalog.tsv", "catalogue", write_catalog),
+    "subtracted": Product(None, "background-subtracted image", write_subtracted),
+    "catalog_fits": Product(
+        None, "catalogue as FITS table with units and descriptions", write_catalog_fits
+    ),
+    "regions": Product(None, "DS9 region file", write_regions),
+    "overview": Product(
+        None, "PNG of four panels: sources, background, RMS, segmentation", draw_overview
+    ),
+}
+
+
+def write_products(paths, result):
+    """Write each product that has a path, by name."""
+    for name, path in paths.items():
+        timed(PRODUCTS[name].write)(path, result)
 
 
 @contextmanager
@@ -1359,216 +1774,8 @@ def stopping_by(handler):
             signal.signal(signum, before[signum])
 
 
-@timed
-def write_image(path, data, form, wcs, history, unit):
-    """Write an image product.
-
-    Parameters
-    ----------
-    path : Path
-    data : ndarray, shape (ny, nx)
-    form : {"fits", "tiff"} or None
-        None to go by the extension. TIFF keeps neither WCS nor unit, and labels as the smallest
-        unsigned integers that hold them.
-    wcs : WCS or None
-    history : list of str
-        HISTORY cards, or the description of the TIFF.
-    unit : str or None
-        BUNIT.
-    """
-    if form == "tiff" or (form is None and path.suffix.lower() in (".tif", ".tiff")):
-        if data.dtype.kind == "i":
-            data = data.astype(np.min_scalar_type(data.max()))
-        tifffile.imwrite(path, data, description="\n".join(history), metadata=None)
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of cards that the WCS standard renames
-        hdus = wcs.to_fits(relax=True) if wcs else fits.HDUList([fits.PrimaryHDU()])
-        primary = hdus[0]
-        primary.data = data
-        if unit:
-            primary.header["BUNIT"] = unit
-        for line in history:
-            primary.header.add_history(line)
-        hdus.writeto(path, overwrite=True, output_verify="exception")
-
-
-@timed
-def write_catalog(path, catalog):
-    """Write the catalogue as tab-separated text: one line of names, full precision, `nan`."""
-    values = catalog.astype(object)  # pandas is slower to write its own numbers than Python's
-    values.to_csv(path, sep="\t", index=False, na_rep="nan", lineterminator="\n")
-
-
-@timed
-def write_catalog_fits(path, catalog, columns, units, history):
-    """Write the catalogue as a FITS binary table with units, descriptions and UCDs."""
-    table = Table.from_pandas(catalog)
-    for column in columns:
-        table[column.name].description = column.description
-    table.meta["HISTORY"] = history
-    buffer = io.BytesIO()
-    table.write(buffer, format="fits")  # with the descriptions as astropy reads them
-    buffer.seek(0)
-    with fits.open(buffer) as hdus:
-        header = hdus[1].header
-        for number, column in enumerate(columns, start=1):
-            unit = units.get(column.unit, column.unit)
-            if unit:
-                header[f"TUNIT{number}"] = unit
-            header[f"TCOMM{number}"] = column.description
-            header[f"TUCD{number}"] = column.ucd
-        hdus.writeto(path, overwrite=True)
-
-
-@timed
-def write_regions(path, catalog, wcs):
-    """Write a DS9 region file: ellipses of semi-axes 3a and 3b, labelled with the id.
-
-    In sky coordinates (ICRS) where the catalogue has them, else in DS9's 1-based pixels.
-    """
-    x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
-    if catalog["ra"].notna().any():
-        system, shapes = "icrs", sky_ellipses(wcs, x, y, 3 * a, 3 * b, theta)
-        form = 'ellipse({:.15g},{:.15g},{:.9g}",{:.9g}",{:.9g})'
-    else:
-        system, shapes = "image", np.array([x + 1, y + 1, 3 * a, 3 * b, np.degrees(theta)])
-        form = "ellipse({:.9g},{:.9g},{:.9g},{:.9g},{:.9g})"
-    lines = ["# Region file format: DS9 version 4.1", "global color=red", system]
-    lines += [
-        f"{form.format(*shape)} # text={{{label}}}"
-        for label, shape in zip(catalog["id"], shapes.T, strict=True)
-        if np.isfinite(shape).all()
-    ]
-    path.write_text("\n".join(lines) + "\n")
-
-
-def sky_ellipses(wcs, x, y, a, b, theta):
-    """Return ra, dec (degrees), semi-axes (arcsec) and DS9's angle (degrees) of pixel ellipses.
-
-    DS9 counts the angle from west through north, 90 degrees ahead of the position angle.
-    """
-    along, across = (np.cos(theta), np.sin(theta)), (-np.sin(theta), np.cos(theta))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        centre, major, minor = (
-            wcs.pixel_to_world(x + length * dx, y + length * dy).icrs
-            for length, (dx, dy) in ((0, along), (a, along), (b, across))
-        )
-    return np.array(
-        [
-            centre.ra.deg,
-            centre.dec.deg,
-            centre.separation(major).arcsec,
-            centre.separation(minor).arcsec,
-            (centre.position_angle(major).deg + 90) % 180,
-        ]
-    )
-
-
-# The most pixels a side of a panel; larger images are reduced to it before anything is drawn.
-PICTURE_SIDE = 1000
-
-
-def shrink(image, row_of_blocks):
-    """Reduce an image (ny, nx) to the resolution of a picture, a strip of it at a time.
-
-    Parameters
-    ----------
-    image : ndarray, shape (ny, nx)
-    row_of_blocks : callable
-        `block_means` or `block_maxima`.
-    """
-    step = math.ceil(max(image.shape) / PICTURE_SIDE)
-    starts = np.arange(0, image.shape[1], step)
-    tops = range(0, image.shape[0], step)
-    return np.stack([row_of_blocks(image[top : top + step], starts) for top in tops])
-
-
-def block_means(strip, starts):
-    """Return the mean of the finite values of each block of a strip, nan where there are none."""
-    finite = np.isfinite(strip)
-    total = np.add.reduceat(np.where(finite, strip, 0).sum(axis=0, dtype=np.float64), starts)
-    with np.errstate(invalid="ignore"):
-        return total / np.add.reduceat(finite.sum(axis=0), starts)
-
-
-def block_maxima(strip, starts):
-    """Return the largest value of each block of a strip."""
-    return np.maximum.reduceat(strip.max(axis=0), starts)
-
-
-def panel_size(shape):
-    """Return the width and height in inches of the panel for an image of this shape (ny, nx)."""
-    height, width = (8 * max(length / max(shape), 0.2) for length in shape)
-    return width, height
-
-
-def show_image(axes, picture, shape, **style):
-    """Show a shrunken picture of an image of this shape, row 0 at the bottom, axes in pixels."""
-    axes.set(xlabel="x (pixel)", ylabel="y (pixel)")
-    extent = (-0.5, shape[1] - 0.5, -0.5, shape[0] - 0.5)
-    return axes.imshow(picture, origin="lower", extent=extent, interpolation="nearest", **style)
-
-
-def show_sources(axes, field, catalog):
-    """Show the background-subtracted image in grey, with a red ellipse of 6a x 6b a source."""
-    picture = shrink(field.residual, block_means)
-    low, high = map(field.frame.differences, ZScaleInterval().get_limits(picture))
-    picture = field.frame.differences(picture)
-    drawn = show_image(axes, picture, field.residual.shape, cmap="gray", vmin=low, vmax=high)
-    x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
-    ellipses = EllipseCollection(
-        *(6 * a, 6 * b, np.degrees(theta)),
-        units="xy",
-        offsets=np.column_stack([x, y]),
-        offset_transform=axes.transData,
-        facecolors="none",
-        edgecolors="red",
-        linewidths=0.8,
-    )
-    axes.add_collection(ellipses, autolim=False)
-    return drawn
-
-
-@timed
-def draw_overlay(path, field, catalog):
-    """Draw the picture of the sources (PNG)."""
-    width, height = panel_size(field.residual.shape)
-    whole_width, whole_height = width + 1, height + 0.8
-    figure = Figure(figsize=(whole_width, whole_height), dpi=120)
-    axes = figure.add_axes(
-        (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height)
-    )
-    show_sources(axes, field, catalog)
-    figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
-
-
-@timed
-def draw_overview(path, field, catalog, segmentation):
-    """Draw four panels with colour bars: sources, background, RMS, segmentation (PNG)."""
-    shape = segmentation.shape
-    width, height = panel_size(shape)
-    figure = Figure(figsize=(2 * width + 3, 2 * height + 1.5), dpi=85, layout="compressed")
-    panels = figure.subplots(2, 2).ravel()
-    colours = np.random.default_rng(0).uniform(0.3, 1, (len(catalog) + 1, 3))
-    colours[0] = 0
-    drawn = {
-        "sources": show_sources(panels[0], field, catalog),
-        "background": show_image(panels[1], shrink(field.level_map(), block_means), shape),
-        "background RMS": show_image(panels[2], shrink(field.rms_map(), block_means), shape),
-        "segmentation": show_image(
-            panels[3], shrink(segmentation, block_maxima), shape, cmap=ListedColormap(colours)
-        ),
-    }
-    for axes, (title, picture) in zip(panels, drawn.items(), strict=True):
-        axes.set_title(title)
-        figure.colorbar(picture, ax=axes)
-    figure.savefig(path, format="png")
-
-
 # ---------------------------------------------------------------------------------------------
-# Command line
+# Command line: options
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1601,21 +1808,6 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
 
 POSITIVE = number(float, above=0)
 
-# The products that are always written, with their default names; images get an extension.
-ALWAYS = {
-    "background": "background",
-    "rms": "rms",
-    "segmentation": "segmentation",
-    "overlay": "sources.png",
-    "catalog": "catalog.tsv",
-}
-ON_REQUEST = {
-    "subtracted": "background-subtracted image",
-    "catalog_fits": "catalogue as FITS table with units and descriptions",
-    "regions": "DS9 region file",
-    "overview": "PNG of four panels: sources, background, RMS, segmentation",
-}
-
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
@@ -1627,6 +1819,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{PROG}: error: {one_line(message)} (see --help)\n")
+
+
+EXAMPLES = f"""examples:
+  find and measure the sources of an image; then look at products/sources.png:
+    {PROG} image.fits -o products
+  only what is beyond doubt, with a bright star masked:
+    {PROG} image.fits --thresh 5 --mask-box 40 140 215 300 -o sure
+  one extension of several, another of them as its mask:
+    {PROG} hst.fits --hdu SCI --mask hst.fits --mask-hdu DQ -o hst
+  colours: detect in one band, measure in another:
+    {PROG} r.fits --measure-image g.fits --aperture-diameters 6 10 -o g
+  nuclei in a microscope image, their labels as TIFF:
+    {PROG} nuclei.tif --bw 256 --bh 256 --minarea 30 --image-format tiff -o nuclei
+"""
 
 
 def option_of(name):
@@ -1648,8 +1854,10 @@ def build_parser():
     parser = Parser(
         prog=PROG,
         usage="%(prog)s IMAGE [options]",
-        description="Find and measure the sources in an image: background, noise, segmentation "
-        "map, picture and catalogue.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES,
+        description="Find and measure the sources in an image: background, noise, segmentation map,"
+        "\npicture and catalogue.",
         allow_abbrev=False,
     )
     parser.add_argument("image", metavar="IMAGE", type=Path, help="FITS or TIFF image")
@@ -1725,13 +1933,14 @@ def build_parser():
         metavar="DIR",
         help="where products without a path of their own go; made if missing (default: .)",
     )
-    for product, name in ALWAYS.items():
-        text = f"default: {name}" + ("" if "." in name else ".fits or .tiff")
-        group.add_argument(f"--{product}", type=Path, metavar="PATH", help=text)
-    for product, text in ON_REQUEST.items():
-        group.add_argument(
-            option_of(product), type=Path, metavar="PATH", help=text + "; on request"
-        )
+    for name, product in PRODUCTS.items():
+        note = "on request"
+        if product.default:
+            note = f"default: {product.default}" + (
+                "" if "." in product.default else ".fits or .tiff"
+            )
+        text = f"{product.text} ({note})"
+        group.add_argument(option_of(name), type=Path, metavar="PATH", help=text)
     group.add_argument(
         "--image-format",
         choices=tuple(SUFFIXES),
@@ -1742,9 +1951,13 @@ def build_parser():
     volume = group.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="tell stages and times")
     volume.add_argument("-q", "--quiet", action="store_true", help="tell nothing but errors")
-    version = f"{PROG} {__version__} (sep {sep.__version__})"
-    group.add_argument("--version", action="version", version=version)
+    group.add_argument("--version", action="version", version=SIGNATURE)
     return parser
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line: usage
+# ---------------------------------------------------------------------------------------------
 
 
 def check_usage(args):
@@ -1761,8 +1974,11 @@ def check_usage(args):
         if (getattr(args, choice) == "file") != (getattr(args, path) is not None):
             return f"{option_of(choice)} file and {option_of(path)} need each other"
     for xmin, xmax, ymin, ymax in args.mask_box:
-        if xmin > xmax or ymin > ymax:
-            return f"--mask-box {xmin} {xmax} {ymin} {ymax}: the order is XMIN XMAX YMIN YMAX"
+        box = f"--mask-box {xmin} {xmax} {ymin} {ymax} (XMIN XMAX YMIN YMAX)"
+        if xmin > xmax:
+            return f"{box}: first column {xmin} is after last column {xmax}"
+        if ymin > ymax:
+            return f"{box}: first row {ymin} is after last row {ymax}"
     if len(set(args.aperture_diameters)) < len(args.aperture_diameters):
         return "--aperture-diameters: each diameter may be given once"
     if args.catalog_fits and len(catalog_columns(args.aperture_diameters)) > 999:
@@ -1783,64 +1999,54 @@ def product_paths(args):
     """Return the path of each product to write, by name."""
     suffix = SUFFIXES[args.image_format or "fits"]
     paths = {}
-    for product in (*ALWAYS, *ON_REQUEST):
-        path = getattr(args, product)
-        if path is None and product in ALWAYS:
-            name = ALWAYS[product]
-            path = args.output_dir / (name if "." in name else name + suffix)
+    for name, product in PRODUCTS.items():
+        path = getattr(args, name)
+        if path is None and product.default:
+            path = args.output_dir / product.default
+            path = path if path.suffix else path.with_suffix(suffix)
         if path is not None:
-            paths[product] = path
+            paths[name] = path
     return paths
 
 
-def describe_run(args, image):
-    """Return lines that say with which version and parameters the products were made."""
-    elsewhere = {"output_dir", "image_format", "verbose", "quiet", *ALWAYS, *ON_REQUEST}
-    lines = [f"{PROG} {__version__} (sep {sep.__version__})"]
-    taken = vars(args) | {"hdu": image.name.removeprefix(str(args.image)) or None}
-    for name, value in taken.items():
-        if name not in elsewhere and value not in (None, [], ()):
-            lines.append(f"{name} = {value.name if isinstance(value, Path) else value!a}")
-    return lines
+# ---------------------------------------------------------------------------------------------
+# Command line: run
+# ---------------------------------------------------------------------------------------------
 
 
 @timed
 def run(args):
     """Do the whole work, from the image to its products."""
-    image = read_image(args.image, args.hdu, args.plane)
-    mask, noise, other = read_companions(args, image)
     method, photometry = choose_method(args), settings_from(args, PhotometrySettings)
+    origin, pixels = read_image(args.image, args.hdu, args.plane)
+    mask, noise, measure_origin, measure_pixels = read_companions(args, origin, pixels.shape)
     targets = product_paths(args)
     with staged(targets) as paths:
-        with about(image.name):
-            mask = build_mask(image.data, mask, noise, args.mask_box)
-            report_image(image, mask)
-            field = subtract_background(image.data, mask, noise, method)
-            require_noise(field)
+        with about(origin.name):
+            mask = build_mask(pixels, mask, noise, args.mask_box)
+            report_image(origin, pixels, mask)
+            field = measure_field = build_field(pixels, mask, noise, method)
+            report_field(field)
             found = find_sources(field)
             report_detections(field, found)
-        target = field if other is None else subtract_other(other, mask, method)
-        measured = measure(field, target, found.objects, found.segmentation, photometry)
-        write = partial(write_map, paths, args, image)
-        local = survey_background(field, target, found.objects, write)
-        measured = measured.assign(**local)
-        catalog = build_catalog(found.objects, field.frame, measured, image.wcs, photometry)
-        write_products(paths, args, image, other, field, found.segmentation, catalog)
+        if measure_pixels is not None:
+            with about(measure_origin.name):
+                measure_field = build_measure_field(measure_pixels, mask, method)
+        measured = measure(field, measure_field, found, photometry)
+        catalog = build_catalog(found.objects, field.frame, measured, origin.wcs, photometry)
+        columns = catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit)
+        settings = describe_settings(args, origin)
+        result = Result(
+            origin, field, found.segmentation, catalog, columns, settings, args.image_format
+        )
+        write_products(paths, result)
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
 
 
-def read_companions(args, image):
-    """Return the mask, the noise image and the image to measure on, None for what isn't given."""
-    shape = image.data.shape
-    mask = noise = other = None
-    if args.mask:
-        mask = read_mask(args.mask, args.mask_hdu, args.plane, args.maskthresh, shape)
-    if args.err_file:
-        noise = read_noise(args.err_file, args.err_hdu, args.plane, args.err_type, shape)
-    if args.measure_image:
-        other = read_measure_image(args.measure_image, args.measure_hdu, args.measure_plane, image)
-    return mask, noise, other
+def settings_from(args, kind):
+    """Return the settings dataclass `kind`, filled from the parsed options of the same names."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def choose_method(args):
@@ -1854,43 +2060,44 @@ def choose_method(args):
     )
 
 
-def write_map(paths, args, image, product, values):
-    """Write an image product, float32 unless the image is float64, with WCS and unit."""
-    unit = None if product == "segmentation" else image.unit
-    if values.dtype == np.float64 and image.dtype != "float64":
-        values = values.astype(np.float32)
-    history = describe_run(args, image)
-    write_image(paths[product], values, args.image_format, image.wcs, history, unit)
+def read_companions(args, origin, shape):
+    """Read what goes with the image (ny, nx): mask, noise, and origin and pixels to measure on.
+
+    What isn't given is None, and the origin that of the image.
+    """
+    mask = noise = measure_pixels = None
+    if args.mask:
+        mask = read_mask(args.mask, args.mask_hdu, args.plane, args.maskthresh, shape)
+    if args.err_file:
+        noise = read_noise(args.err_file, args.err_hdu, args.plane, args.err_type, shape)
+    if args.measure_image:
+        origin, measure_pixels = read_measure_image(
+            args.measure_image, args.measure_hdu, args.measure_plane, origin, shape
+        )
+    return mask, noise, origin, measure_pixels
 
 
-def write_products(paths, args, image, other, field, segmentation, catalog):
-    """Write the products that have a path, but for the background's."""
-    write_map(paths, args, image, "segmentation", segmentation)
-    write_catalog(paths["catalog"], catalog)
-    draw_overlay(paths["overlay"], field, catalog)
-    if "subtracted" in paths:
-        residual = field.frame.differences(field.residual)
-        write_map(paths, args, image, "subtracted", residual)
-    if "catalog_fits" in paths:
-        columns, history = catalog_columns(args.aperture_diameters), describe_run(args, image)
-        units = {"image": image.unit, "measured": (other or image).unit}
-        write_catalog_fits(paths["catalog_fits"], catalog, columns, units, history)
-    if "regions" in paths:
-        write_regions(paths["regions"], catalog, image.wcs)
-    if "overview" in paths:
-        draw_overview(paths["overview"], field, catalog, segmentation)
+def describe_settings(args, origin):
+    """Return the options that decide what is found, a line each; files by name, without path."""
+    elsewhere = {"output_dir", "image_format", "verbose", "quiet", *PRODUCTS}
+    taken = vars(args) | {"hdu": origin.name.removeprefix(str(args.image)) or None}
+    return [
+        f"{name} = {value.name if isinstance(value, Path) else value!a}"
+        for name, value in taken.items()
+        if name not in elsewhere and value not in (None, [], ())
+    ]
 
 
-def report_image(image, mask):
+def report_image(origin, pixels, mask):
     """Tell what was read, and how much of it is masked."""
-    rows, columns = image.data.shape
-    bad = np.count_nonzero(~np.isfinite(image.data[mask]))
-    log.info("image         %s: %d x %d %s", image.name, columns, rows, image.dtype)
+    rows, columns = pixels.shape
+    bad = np.count_nonzero(~np.isfinite(pixels[mask]))
+    log.info("image         %s: %d x %d %s", origin.name, columns, rows, origin.dtype)
     log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
 
 
-def report_detections(field, found):
-    """Tell level, noise and threshold in image values, the number of sources, and warnings."""
+def report_field(field):
+    """Tell level, noise and threshold in image values, and what is unusual about them."""
     frame, method = field.frame, field.method
     level = frame.levels(np.array(field.background.globalback, dtype=np.float64))
     rms = frame.differences(global_rms(field.background))
@@ -1904,11 +2111,33 @@ def report_detections(field, found):
         typical = frame.differences(float(np.median(sample(field.noise, field.mask))))
         log.info("threshold     %.6g (%g x noise, median)", thresh * typical, thresh)
         warn_of_depth(method)
-    log.info("sources       %d", len(found.objects))
-    if field.is_noiseless():
-        log.warning("the image is constant: no sources")
-    elif not len(found.objects):
-        log.warning("no sources found: the catalogue and the segmentation map are empty")
+    if method.measures_noise():
+        warn_of_masking(field)
+
+
+# Which part of the image must be masked, and how many times it must raise the noise, for a warning.
+MUCH_MASKED = 0.05
+MUCH_NOISIER = 2.0
+
+
+def warn_of_masking(field):
+    """Tell if the mask hides the quiet part of the image, as one made for another image may."""
+    masked = field.mask.mean()
+    if masked <= MUCH_MASKED:
+        return
+    bad = too_large(field.residual)
+    if masked - bad.mean() <= MUCH_MASKED:
+        return
+    pixels = field.background.back()
+    pixels += field.residual
+    whole = global_rms(estimate_background(pixels, bad, field.method.background))
+    rms = global_rms(field.background)
+    if 0 < MUCH_NOISIER * whole <= rms:
+        log.warning(
+            "the mask makes the noise %.1f times that of the whole image, so that faint sources "
+            "are lost: was it made for this image?",
+            rms / whole,
+        )
 
 
 def warn_of_depth(method):
@@ -1922,10 +2151,19 @@ def warn_of_depth(method):
     kernel, thresh = method.kernel.astype(np.float64), method.extraction.thresh
     depth = float(np.abs(kernel).sum() / np.sqrt(np.square(kernel).sum()))
     log.warning(
-        "with a noise image the matched filter goes %.2f times deeper: --thresh %g is as %.3g on "
-        "the global RMS, and %.3g as %g there; --filter-type conv goes no deeper",
+        "with a noise image the matched filter goes %.2f times deeper: a threshold of %g is as %.3g"
+        " on the global RMS, and %.3g as %g there; convolution (--filter-type conv) goes no deeper",
         *(depth, thresh, thresh / depth, thresh * depth, thresh),
     )
+
+
+def report_detections(field, found):
+    """Tell the number of sources, and why there are none."""
+    log.info("sources       %d", len(found.objects))
+    if field.is_noiseless():
+        log.warning("the image is constant: no sources")
+    elif not len(found.objects):
+        log.warning("no sources found: the catalogue and the segmentation map are empty")
 
 
 def start_logging(args):

@@ -1,42 +1,10 @@
 """Fixtures: run the tool in this process, and look at what it wrote."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
 import pytest
 from astropy.io import fits
 
-import source_extractor
-
-DATA = Path(__file__).parent.parent / "test-data"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of the tool: exit code, what it said, and the directory of its products."""
-
-    code: int
-    out: str
-    err: str
-    directory: Path
-
-    @property
-    def catalog(self):
-        return pd.read_csv(self.directory / "catalog.tsv", sep="\t")
-
-    def image(self, product):
-        return fits.getdata(self.directory / f"{product}.fits")
-
-    def assert_refused(self, *words):
-        """Demand exit code 1, one line on stderr that holds these words, and no product."""
-        assert self.code == 1
-        assert self.err.startswith("source_extractor.py: error: ")
-        assert self.err.count("\n") == 1
-        for word in words:
-            assert str(word) in self.err
-        assert not any(self.directory.rglob("*"))
+from common import DATA, NINE_OPTIONS, SHAPE, SKY, Run, all_nine, call, extract
+from sky import blobs, random_sources, simulate
 
 
 @pytest.fixture
@@ -45,12 +13,8 @@ def run(tmp_path, capsys):
 
     def run_tool(*arguments):
         directory = tmp_path / "products"
-        try:
-            code = source_extractor.main([*map(str, arguments), "-o", str(directory)])
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return Run(code, out, err, directory)
+        code = call(*arguments, "-o", directory)
+        return Run(code, *capsys.readouterr(), directory)
 
     return run_tool
 
@@ -67,12 +31,29 @@ def stars():
 
     One source stands near the lower left corner: (x, y) = (12, 9).
     """
-    rng = np.random.default_rng(7)
-    image = rng.normal(100, 1, (120, 160))
-    y, x = np.indices(image.shape)
-    for x0, y0 in ((12, 9), (40, 30), (80.3, 60.7), (120, 100), (140.5, 20.5), (30, 95)):
-        image += 40 * np.exp(-((x - x0) ** 2 + (y - y0) ** 2) / 8)
-    return image.astype(np.float32)
+    centres = (12, 9), (40, 30), (80.3, 60.7), (120, 100), (140.5, 20.5), (30, 95)
+    return blobs(SHAPE, *centres, peak=40, seed=7)
+
+
+@pytest.fixture(scope="session")
+def nine(tmp_path_factory):
+    """Return the directory of all nine products of the simulated sky, whose unit is nJy."""
+    directory = tmp_path_factory.mktemp("nine")
+    image = directory.with_name("nine.fits")
+    header = fits.getheader(SKY)
+    header["BUNIT"] = "nJy"
+    fits.PrimaryHDU(fits.getdata(SKY), header).writeto(image)
+    extract(image, *NINE_OPTIONS, *all_nine(directory))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def crowded():
+    """Return an image (180, 220) of stars and galaxies, some of which overlap, on a slope."""
+    shape = (180, 220)
+    sources = random_sources(shape, 60, seed=4, flux=(300.0, 20000.0), slope=0.6)
+    image, _ = simulate(shape, sources, seed=5, level=100.0, gradient=(5.0, 3.0), noise=2.0)
+    return image
 
 
 @pytest.fixture
@@ -80,8 +61,7 @@ def write(tmp_path):
     """Return a function that writes an array as FITS and returns its path."""
 
     def write_fits(data, name="image.fits", **cards):
-        header = fits.Header({key.replace("_", "-"): value for key, value in cards.items()})
-        fits.PrimaryHDU(data, header).writeto(tmp_path / name)
+        fits.PrimaryHDU(data, fits.Header(cards)).writeto(tmp_path / name)
         return tmp_path / name
 
     return write_fits

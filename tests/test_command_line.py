@@ -5,37 +5,34 @@ import io
 import os
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import sep
+import tifffile
 from astropy.io import fits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import source_extractor
+from common import SCRIPT, SKY, call, start
+from contract import DEFAULTS, ONE_ERROR, one_line
 
-SCRIPT = source_extractor.__file__
-ONE_ERROR = r"source_extractor\.py: error: .+\n"
 
-
-def call(*words):
-    """Return exit code, stdout and stderr of `main` on these arguments."""
+def tell(*arguments):
+    """Return exit code, stdout and stderr of the tool on these arguments."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = source_extractor.main([str(word) for word in words])
-        except SystemExit as end:
-            code = end.code
+        code = call(*arguments)
     return code, out.getvalue(), err.getvalue()
 
 
 def assert_refused(option, *words):
     """Assert that the arguments are wrong usage, told in one line that names the option."""
-    code, out, err = call("image.fits", *words)
+    code, out, err = tell("image.fits", *words)
     assert (code, out) == (2, "")
     assert re.fullmatch(ONE_ERROR, err)
     assert option in err
@@ -45,49 +42,6 @@ def assert_refused(option, *words):
 # Help, version, defaults
 # ---------------------------------------------------------------------------------------------
 
-DEFAULTS = {
-    "hdu": None,
-    "plane": None,
-    "mask": None,
-    "mask_hdu": None,
-    "maskthresh": 0.0,
-    "mask_box": [],
-    "bw": 64,
-    "bh": 64,
-    "fw": 3,
-    "fh": 3,
-    "fthresh": 0.0,
-    "background_passes": 1,
-    "thresh": 1.5,
-    "err_option": "float_globalrms",
-    "err_file": None,
-    "err_hdu": None,
-    "err_type": "stddev",
-    "gain": None,
-    "minarea": 5,
-    "filter_case": "default",
-    "filter_fwhm": 2.0,
-    "filter_file": None,
-    "filter_type": "matched",
-    "deblend_nthresh": 32,
-    "deblend_cont": 0.005,
-    "clean": True,
-    "clean_param": 1.0,
-    "zeropoint": 0.0,
-    "kron_factor": 2.5,
-    "kron_min_radius": 3.5,
-    "measure_image": None,
-    "measure_hdu": None,
-    "measure_plane": None,
-    "output_dir": Path("."),
-    "subtracted": None,
-    "catalog_fits": None,
-    "regions": None,
-    "overview": None,
-    "image_format": None,
-    "verbose": False,
-    "quiet": False,
-}
 IN_HELP = {
     "background": "background.fits",
     "rms": "rms.fits",
@@ -103,9 +57,10 @@ IN_HELP = {
 @pytest.fixture(scope="module")
 def help_texts():
     """Return what --help says of each long option, by its name."""
-    code, out, err = call("--help")
+    code, out, err = tell("--help")
     assert (code, err) == (0, "")
-    entries = re.split(r"\n  (?=-)", out.split("\noptions:\n")[1])
+    options = out.split("\noptions:\n")[1].split("\nexamples:\n")[0]
+    entries = re.split(r"\n  (?=-)", options)
     texts = {}
     for entry in entries:
         names, *text = re.split(r"\n|  +", entry.strip(), maxsplit=1)
@@ -132,14 +87,41 @@ def test_help_tells_the_default(help_texts, name, default):
 
 def test_help_groups_the_options_by_task():
     groups = ["input", "background", "detection", "filter", "deblending and cleaning"]
-    out = call("-h")[1]
+    out = tell("-h")[1]
     places = [out.index(f"\n{group}:\n") for group in (*groups, "output", "general")]
     assert places == sorted(places)
 
 
+def examples():
+    """Return the arguments of each example that ends the help text."""
+    lines = source_extractor.build_parser().format_help().split("\nexamples:\n")[1].splitlines()
+    commands = [line.split("source_extractor.py ")[1] for line in lines if "_extractor.py " in line]
+    return [shlex.split(command) for command in commands]
+
+
+def test_help_ends_with_examples():
+    assert len(examples()) >= 3
+
+
+@pytest.mark.parametrize("arguments", examples(), ids=" ".join)
+def test_each_example_works(tmp_path, monkeypatch, arguments):
+    args = source_extractor.build_parser().parse_args(arguments)
+    assert source_extractor.check_usage(args) is None
+    image = fits.getdata(SKY).astype(np.float32)
+    hdus = [fits.PrimaryHDU(image), fits.ImageHDU(image, name="SCI")]
+    hdus.append(fits.ImageHDU(np.zeros(image.shape, np.uint8), name="DQ"))
+    monkeypatch.chdir(tmp_path)
+    for word in arguments:
+        if word.endswith(".fits"):
+            fits.HDUList(hdus).writeto(word, overwrite=True)
+        elif word.endswith((".tif", ".tiff")):
+            tifffile.imwrite(word, image)
+    assert call(*arguments, "-q") == 0
+
+
 def test_version_tells_that_of_sep_too():
     expected = f"source_extractor.py {source_extractor.__version__} (sep {sep.__version__})\n"
-    assert call("--version") == (0, expected, "")
+    assert tell("--version") == (0, expected, "")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -165,9 +147,9 @@ BOUNDS = {
     "--deblend-cont": (["0", "1"], ["-0.001", "1.001"]),
     "--clean-param": ([TINY, BIG], ["0", "-1"]),
     "--zeropoint": (["-1e300", BIG], []),
-    "--kron-factor": ([TINY, "100"], ["0", "-2.5", "100.001"]),
-    "--kron-min-radius": ([TINY, "100"], ["0", "-3.5", "100.001"]),
-    "--aperture-diameters": ([TINY, "10000"], ["0", "-3", "10001"]),
+    "--kron-factor": ([TINY, "100"], ["0", "-1", "-2.5", "100.001"]),
+    "--kron-min-radius": ([TINY, "100"], ["0", "-1", "-3.5", "100.001"]),
+    "--aperture-diameters": ([TINY, "10000"], ["0", "-1", "-3", "10001", "1e300"]),
     "--measure-plane": (["0"], ["-1", "0.5"]),
 }
 
@@ -193,7 +175,9 @@ def test_a_number_beyond_its_bound_is_refused(option, value):
     assert_refused(option, *words(option, value))
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "", " ", "1,5", "0x10", "five"])
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", "-inf", "1e999", "", " ", "1,5", "0x10", "five", "AB"]
+)
 @pytest.mark.parametrize("option", BOUNDS)
 def test_what_is_no_finite_number_is_refused(option, value):
     assert_refused(option, *words(option, value))
@@ -306,23 +290,33 @@ def test_abbreviations_and_unknown_arguments_are_refused(arguments):
         (("--err-option", "--err-file"), ("--err-file", "noise.fits", "--err-option", "none")),
         (("--filter-case", "--filter-file"), ("--filter-case", "file")),
         (("--filter-case", "--filter-file"), ("--filter-file", "kernel.conv")),
-        (("--measure-hdu", "--measure-image"), ("--measure-hdu", "1")),
-        (("--measure-plane", "--measure-image"), ("--measure-plane", "0")),
-        (("--mask-box", "XMIN XMAX YMIN YMAX"), ("--mask-box", 5, 4, 0, 1)),
-        (("--mask-box", "XMIN XMAX YMIN YMAX"), ("--mask-box", 0, 1, 5, 4)),
+        (("--measure-hdu needs --measure-image",), ("--measure-hdu", "0")),
+        (("--measure-hdu needs --measure-image",), ("--measure-hdu", "1")),
+        (("--measure-plane needs --measure-image",), ("--measure-plane", "0")),
+        (("--measure-plane needs --measure-image",), ("--measure-plane", "1")),
+        (
+            ("--mask-box 10 5 0 9 (XMIN XMAX YMIN YMAX): first column 10 is after last column 5",),
+            ("--mask-box", 10, 5, 0, 9),
+        ),
+        (
+            ("--mask-box 0 9 5 4 (XMIN XMAX YMIN YMAX): first row 5 is after last row 4",),
+            ("--mask-box", 0, 9, 5, 4),
+        ),
+        (("--mask-box",), ("--mask-box", 0, 9)),
         (("--mask-box",), ("--mask-box", 0, 1, 2)),
+        (("--aperture-diameters",), ("--aperture-diameters", 5, 8, 5.0)),
         (("--verbose", "--quiet"), ("-v", "-q")),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(names, arguments):
     assert_refused(names[0], *arguments)
-    assert all(name in call("image.fits", *arguments)[2] for name in names)
+    assert all(name in tell("image.fits", *arguments)[2] for name in names)
 
 
 def test_without_arguments_the_one_line_names_what_is_missing():
-    code, out, err = call()
+    code, out, err = tell()
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"source_extractor\.py: error: .*IMAGE.*\n", err)
+    assert re.fullmatch(one_line("error", ".*IMAGE.*"), err)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +330,7 @@ def test_without_arguments_the_one_line_names_what_is_missing():
     ],
 )
 def test_a_line_break_in_an_argument_does_not_break_the_line(arguments):
-    code, _, err = call(*arguments)
+    code, _, err = tell(*arguments)
     assert code in (1, 2)
     assert re.fullmatch(ONE_ERROR, err)
 
@@ -403,7 +397,7 @@ def test_warnings_are_one_line_each_on_stderr(run, write):
     result = run(write(CONSTANT))
     assert result.code == 0
     assert "warning:" not in result.out
-    assert re.fullmatch(r"(source_extractor\.py: warning: .+\n)+", result.err)
+    assert re.fullmatch(f"({one_line('warning')})+", result.err)
     assert "no sources" in result.err
 
 
@@ -421,8 +415,7 @@ def test_what_is_said_to_a_closed_stream_goes_to_no_other(write, stars, tmp_path
 
 def test_what_libraries_warn_of_is_not_for_the_user(write, stars, tmp_path):
     image = np.where(stars > 100, 1.7e308, -1.7e308)
-    command = [sys.executable, SCRIPT, write(image), "-q"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = start(write(image), "-q", cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
@@ -438,36 +431,9 @@ def test_quiet_does_not_silence_errors(run, tmp_path):
     assert re.fullmatch(ONE_ERROR, result.err)
 
 
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [(None, "No such file"), (b"", "FITS"), (b"id,x,y\n1,2,3\n", "FITS"), (b"SIMPLE  = ", "FITS")],
-)
-def test_an_error_names_the_file_on_stderr_only(run, tmp_path, content, word):
-    path = tmp_path / "image.dat"
-    if content is not None:
-        path.write_bytes(content)
-    result = run(path)
-    assert (result.code, result.out) == (1, "")
-    assert re.fullmatch(
-        rf"source_extractor\.py: error: {re.escape(str(path))}.*{word}.*\n", result.err
-    )
-
-
-def test_a_directory_as_image_is_an_error(run, tmp_path):
-    result = run(tmp_path)
-    assert result.code == 1
-    assert re.fullmatch(ONE_ERROR, result.err)
-
-
 # ---------------------------------------------------------------------------------------------
 # Ways to start it
 # ---------------------------------------------------------------------------------------------
-
-
-def start(*arguments, **keywords):
-    """Run the script as a file, in a process of its own."""
-    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | keywords
-    return subprocess.run([sys.executable, SCRIPT, *arguments], check=False, timeout=60, **keywords)
 
 
 def test_main_takes_its_arguments_from_the_command_line(write, stars, tmp_path, monkeypatch):
@@ -479,7 +445,7 @@ def test_main_takes_its_arguments_from_the_command_line(write, stars, tmp_path, 
 
 def test_the_installed_command_is_main():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
-    project = tomllib.loads(Path(SCRIPT).with_name("pyproject.toml").read_text())["project"]
+    project = tomllib.loads(SCRIPT.with_name("pyproject.toml").read_text())["project"]
     target = project["scripts"]["source_extractor"]
     assert pkgutil.resolve_name(target) is source_extractor.main
 
@@ -494,7 +460,7 @@ def test_the_script_runs_as_a_file(write, stars, tmp_path):
 def test_the_script_ends_with_mains_exit_code(tmp_path):
     done = start("nowhere.fits", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"source_extractor\.py: error: nowhere\.fits: .+\n", done.stderr)
+    assert re.fullmatch(one_line("error", r"nowhere\.fits: .+"), done.stderr)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -5,8 +5,6 @@ import gzip
 import io
 import re
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -16,7 +14,7 @@ from astropy.io import fits
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import source_extractor
+from common import start
 from source_extractor import InputError, read_image
 
 # What Galaxy calls every file, whatever is in it.
@@ -102,9 +100,14 @@ def imagej_bytes(stack):
     return head + text + stack.astype(">u2").tobytes()
 
 
+def pixels_of(path, hdu=None, plane=None):
+    _, pixels = read_image(path, hdu, plane)
+    return pixels
+
+
 def assert_pixels(path, expected, hdu=None, plane=None):
     """Assert that a file reads as these values, in the form that the middle of the tool takes."""
-    data = read_image(path, hdu, plane).data
+    data = pixels_of(path, hdu, plane)
     assert data.dtype in (np.float32, np.float64)
     assert data.dtype.isnative
     assert data.flags.c_contiguous
@@ -189,7 +192,7 @@ def test_tile_compressed_floats_come_within_their_quantization_and_nan_stays(put
     image = np.random.default_rng(3).normal(100, 4, (40, 50)).astype(np.float32)
     image[5, 6] = np.nan if codec != "HCOMPRESS_1" else 100
     hdu = fits.CompImageHDU(image, compression_type=codec, quantize_level=16)
-    np.testing.assert_allclose(read_image(put(hdus_bytes(hdu))).data, image, atol=4 / 16)
+    np.testing.assert_allclose(pixels_of(put(hdus_bytes(hdu))), image, atol=4 / 16)
 
 
 @pytest.mark.parametrize("dtype", ["i2", "u2"])
@@ -257,10 +260,18 @@ def test_hdu_is_chosen_by_index_name_or_name_and_version(extensions, hdu, value)
 
 
 @pytest.mark.parametrize(
-    "hdu", ["0", "1", "TAB", "LINE", "8", "99", "SCI,3", "-1", "nothing", "SCI,x"]
+    ("hdu", "problem"),
+    [
+        *((hdu, "no image in extension (HDU)") for hdu in ("0", "1", "TAB", "LINE")),
+        *(
+            (hdu, "no such extension (HDU)")
+            for hdu in ("8", "99", "SCI,3", "-1", "nothing", "SCI,x")
+        ),
+    ],
 )
-def test_an_hdu_without_an_image_is_refused_and_the_others_listed(run, extensions, hdu):
-    run(extensions, f"--hdu={hdu}").assert_refused(NAME, hdu, "SCI", "ERR", "TAB", "5 x 4")
+def test_an_hdu_without_an_image_is_refused_and_the_others_listed(run, extensions, hdu, problem):
+    listed = "the file has 0 PRIMARY: empty; 1 TAB: table; 2 SCI: 5 x 4; 3 ERR: 5 x 4; "
+    run(extensions, f"--hdu={hdu}").assert_refused(NAME, f"{problem}: {hdu}; {listed}")
 
 
 def test_hdu_of_a_tiff_is_refused(run, put):
@@ -295,7 +306,7 @@ def test_tiff_floats_with_a_predictor_are_lossless(put):
 @pytest.mark.parametrize("tile", [None, (16, 16)])
 def test_jpeg_in_tiff_comes_close(put, tile):
     stored = SMOOTH.astype(np.uint8)
-    data = read_image(put(tiff_bytes(stored, compression="jpeg", tile=tile))).data
+    data = pixels_of(put(tiff_bytes(stored, compression="jpeg", tile=tile)))
     np.testing.assert_allclose(data, stored, atol=4)
 
 
@@ -413,7 +424,7 @@ def test_blank_pixels_of_unsigned_integers_are_masked_and_counted(run, put, star
 
 
 def test_an_image_without_any_value_is_refused(run, put):
-    run(put(fits_bytes(np.full((20, 24), np.nan)))).assert_refused(NAME, "finite")
+    run(put(fits_bytes(np.full((20, 24), np.nan)))).assert_refused(NAME, "masked", "finite")
 
 
 # Files that can't be used
@@ -439,8 +450,6 @@ def patched_tiff(content, tag, value):
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(b"", id="empty"),
-        pytest.param(b"x y\n1 2\n", id="text"),
         pytest.param(b"SIMPLE", id="six bytes of FITS"),
         pytest.param(b"SIMPLE  =                    T", id="thirty bytes of FITS"),
         pytest.param(WHOLE[:2880], id="FITS header alone"),
@@ -480,7 +489,18 @@ def patched_tiff(content, tag, value):
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(run, put, content):
-    run(put(content)).assert_refused(NAME)
+    path = put(content)
+    result = run(path)
+    result.assert_refused(f"error: {path}")
+    assert result.out == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"x y\n1 2\n", b"id,x,y\n1,2,3\n", b"SIMPLE  = "])
+def test_what_is_no_image_at_all_is_told_what_would_be_one(run, put, content):
+    path = put(content)
+    result = run(path)
+    result.assert_refused(f"error: {path}", "FITS")
+    assert result.out == ""
 
 
 @pytest.mark.parametrize("option", ["--mask", "--err-file"])
@@ -492,8 +512,10 @@ def test_a_second_image_that_cannot_be_used_is_refused_by_name(run, put, write, 
 
 
 def test_a_directory_and_a_missing_file_are_refused(run, tmp_path):
-    run(tmp_path).assert_refused(tmp_path, "directory")
-    run(tmp_path / NAME).assert_refused(NAME, "No such file")
+    for path, word in ((tmp_path, "directory"), (tmp_path / NAME, "No such file")):
+        result = run(path)
+        result.assert_refused(f"error: {path}", word)
+        assert result.out == ""
 
 
 def test_pixels_that_fail_their_checksum_in_gzip_are_refused(run, put):
@@ -507,8 +529,7 @@ def test_a_broken_extension_does_not_hang_the_search_for_an_image(put, pack):
     whole = hdus_bytes(fits.ImageHDU(RAMP))
     broken = whole.replace(b"XTENSION= 'IMAGE   '", b"QTENSION= 'IMAGE\0   ")
     assert broken != whole
-    command = [sys.executable, source_extractor.__file__, put(pack(broken))]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = start(put(pack(broken)))
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
 
@@ -591,7 +612,7 @@ def test_a_damaged_file_is_read_or_refused(put, victim, changes, length):
 
 def data_or_message(path):
     try:
-        return read_image(path, plane=0).data
+        return pixels_of(path, plane=0)
     except InputError as error:
         return str(error)
 

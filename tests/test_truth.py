@@ -4,18 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from make_test_data import MASK_BOXES
 from sky import galaxies, grid_positions, simulate, stars
-
-MASK_BOXES = (4, 140, 215, 351), (232, 351, 12, 130)
-
-
-def nearest(x, y, others_x, others_y):
-    """Return, for each position, the index of the nearest other one, and its distance."""
-    distance = np.hypot(
-        np.subtract.outer(np.asarray(x), np.asarray(others_x)),
-        np.subtract.outer(np.asarray(y), np.asarray(others_y)),
-    )
-    return distance.argmin(axis=1), distance.min(axis=1)
+from truth import nearest
 
 
 @pytest.mark.parametrize("option", ["float_globalrms", "array_rms --thresh 4", "none --thresh 10"])
@@ -26,7 +17,7 @@ def test_isolated_stars_are_all_found_in_place_with_their_flux(run, write, optio
     true = stars(*positions, np.geomspace(2e3, 1e5, 36), fwhm=3.5)
     image, _ = simulate(shape, true, seed=2, level=50, gradient=(5, 3), noise=2, gain=gain)
     catalog = run(write(image), "--err-option", *option.split()).catalog
-    index, distance = nearest(*positions, catalog.x, catalog.y)
+    index, distance = nearest(true, catalog)
     assert len(catalog) == len(set(index)) == len(true)
     assert distance.max() < 0.2
     assert np.median(distance) < 0.05
@@ -34,13 +25,16 @@ def test_isolated_stars_are_all_found_in_place_with_their_flux(run, write, optio
     np.testing.assert_allclose(catalog.flux[index][18:], true["flux"][18:], rtol=0.03)
 
 
-@pytest.mark.parametrize("theta", [-1.2, -0.4, 0.0, 0.6, 1.3])
-def test_position_angle_runs_from_x_towards_y(run, write, theta):
-    true = galaxies(40.4, 30.2, 2e4, a=7, b=2, theta=theta)
-    image, _ = simulate((64, 80), true, seed=3, noise=1)
+@pytest.mark.parametrize("a", [5, 7])
+@pytest.mark.parametrize("theta", [-1.2, -0.4, 0.0, 0.3, 0.6, 0.9, 1.3, 1.5])
+def test_a_galaxys_angle_runs_from_x_towards_y(run, write, theta, a):
+    true = galaxies(40.4, 30.2, 2e4, a=a, b=2, theta=theta)
+    image, _ = simulate((160, 160), true, seed=3, level=10, noise=1)
     brightest = run(write(image)).catalog.sort_values("flux").iloc[-1]
     assert brightest.theta == pytest.approx(theta, abs=0.05)
     assert brightest.a > 1.5 * brightest.b
+    assert brightest.elongation > 1.5
+    assert brightest.flux_auto == pytest.approx(2e4, rel=0.1)
     assert (brightest.x, brightest.y) == pytest.approx((40.4, 30.2), abs=0.15)
 
 
@@ -62,8 +56,8 @@ def test_sources_of_the_test_sky_are_complete_and_pure(run, data):
         faint = faint[~near]
     faint = faint[faint.x.between(2, 357) & faint.y.between(2, 357)]
     bright = faint[faint.flux > 0.5]
-    _, distance = nearest(bright.x, bright.y, catalog.x, catalog.y)
+    _, distance = nearest(bright, catalog)
     assert len(bright) > 20
     assert np.mean(distance < 2) > 0.9
-    _, distance = nearest(catalog.x, catalog.y, truth.x, truth.y)
+    _, distance = nearest(catalog, truth)
     assert np.mean(distance < 4) > 0.85

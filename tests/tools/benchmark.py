@@ -1,6 +1,6 @@
 """Time and memory of whole runs: the tool, a naive version of it (naive.py), and SExtractor.
 
-    benchmark.py [--size 4096] [--repeats 3]
+    tests/tools/benchmark.py [--size 4096] [--repeats 3]
 
 All three find the sources of the same simulated sky, one source in 2500 pixels, with the same
 parameters. The runs are interleaved, so that whatever else the machine does is shared fairly. A

@@ -1,6 +1,6 @@
 """How close to SExtractor the tool is: both measure the same images with the same parameters.
 
-    compare_sextractor.py [--snr 10] [--seed 1] [IMAGE ...]
+    tests/tools/compare_sextractor.py [--snr 10] [--seed 1] [IMAGE ...]
 
 Compares simulated skies and the first image of each FITS file given, its WCS reduced to the
 celestial part. Sources of S/N over 10 are to be found by both within half a pixel. Prints Markdown:

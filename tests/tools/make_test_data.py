@@ -1,6 +1,6 @@
 """Write the files in test-data/: a simulated sky with truth, mask and kernel, and a real picture.
 
-    make_test_data.py [DIRECTORY]
+    tests/tools/make_test_data.py [DIRECTORY]
 
 sky.fits                 sky like the DESI Legacy Surveys' in g: two bright stars that pull the
                          background up, faint galaxies and stars, a gradient, a TAN WCS

@@ -3,7 +3,7 @@
 It takes the steps of SEP's tutorial one after the other, with SEP's defaults, and writes the same
 five products: background, RMS, segmentation, overlay and catalogue.
 
-    naive.py IMAGE OUTPUT_DIR
+    tests/tools/naive.py IMAGE OUTPUT_DIR
 """
 
 import sys

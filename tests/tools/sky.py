@@ -23,6 +23,7 @@ from astropy.table import Table, vstack
 from astropy.wcs import WCS
 
 __all__ = [
+    "blobs",
     "galaxies",
     "grid_positions",
     "random_sources",
@@ -171,6 +172,39 @@ def random_sources(
             galaxies(x[extended], y[extended], fluxes[extended], **shapes, **psf),
         ]
     )
+
+
+def blobs(shape, *centres, seed=3, level=100.0, noise=1.0, peak=60.0, a=2.0, b=2.0, theta=0.0):
+    """Image of equal elliptical Gaussians in white noise, for when only their place matters.
+
+    Parameters
+    ----------
+    shape : (ny, nx)
+        Shape of the image.
+    *centres : (float, float)
+        x and y of each in pixels.
+    seed : int
+        Of the noise.
+    level, noise : float
+        Background, and the standard deviation of a pixel.
+    peak : float
+        Height over the background.
+    a, b : float
+        RMS in pixels along both axes.
+    theta : float
+        Angle of the major axis in radians from +x towards +y.
+
+    Returns
+    -------
+    (ny, nx) float32 array
+    """
+    image = np.random.default_rng(seed).normal(level, noise, shape)
+    y, x = np.indices(shape)
+    for x0, y0 in centres:
+        along = (x - x0) * np.cos(theta) + (y - y0) * np.sin(theta)
+        across = (y - y0) * np.cos(theta) - (x - x0) * np.sin(theta)
+        image += peak * np.exp(-((along / a) ** 2 + (across / b) ** 2) / 2)
+    return image.astype(np.float32)
 
 
 def tan_wcs(shape, *, ra=150.0, dec=2.0, scale=0.262):

@@ -1,6 +1,6 @@
 """How right the measurements are: simulated skies, measured by the tool, against what is true.
 
-    truth.py [--seed 1] [--snr 5 10 20 ...] [WORD ...]
+    tests/tools/truth.py [--seed 1] [--snr 5 10 20 ...] [WORD ...]
 
 Prints a Markdown table: for each sky (only those with one of the words in their names), a row for
 each range of signal-to-noise. Exits with 1 if the pull of isolated Gaussian stars in white noise
@@ -75,19 +75,34 @@ def match(catalog, truth, radius):
     i, j : int arrays
         Row numbers in the one and in the other.
     """
-    there = nearest(catalog, truth)
-    i = np.flatnonzero(nearest(truth, catalog)[there] == np.arange(len(catalog)))
-    j = there[i]
-    dx, dy = (catalog[name].to_numpy()[i] - truth[name].to_numpy()[j] for name in ("x", "y"))
-    near = np.hypot(dx, dy) <= radius
-    return i[near], j[near]
+    there, distance = nearest(catalog, truth)
+    back, _ = nearest(truth, catalog)
+    i = np.flatnonzero((back[there] == np.arange(len(catalog))) & (distance <= radius))
+    return i, there[i]
 
 
 def nearest(points, others):
-    """Return for each of the points the row number of the nearest of the others."""
-    x, y = others["x"].to_numpy(), others["y"].to_numpy()
-    places = zip(points["x"], points["y"], strict=True)
-    return np.array([np.argmin((x - px) ** 2 + (y - py) ** 2) for px, py in places], dtype=int)
+    """Find for each of the points the nearest of the others.
+
+    Parameters
+    ----------
+    points, others : table or mapping
+        With the columns x and y, in pixels.
+
+    Returns
+    -------
+    index : int array
+        Row numbers in `others`.
+    distance : array
+        In pixels.
+    """
+    x, y = np.asarray(others["x"]), np.asarray(others["y"])
+    index, distance = np.empty(len(points["x"]), int), np.empty(len(points["x"]))
+    for i, place in enumerate(zip(points["x"], points["y"], strict=True)):
+        distances = np.hypot(x - place[0], y - place[1])
+        index[i] = distances.argmin()
+        distance[i] = distances[index[i]]
+    return index, distance
 
 
 def spread(values):

@@ -1,0 +1,95 @@
+"""What the tests share: where things lie, how the tool is run, how its products are read."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from astropy.io import fits
+
+import source_extractor
+from contract import ON_REQUEST, ONE_ERROR
+from truth import nearest
+
+SCRIPT = Path(source_extractor.__file__)
+DATA = Path(__file__).parent.parent / "test-data"
+SKY = DATA / "sky.fits"
+
+SHAPE = NY, NX = 120, 160  # of the fixture `stars`
+NINE_OPTIONS = "--aperture-diameters", 5, 7.5  # of the fixture `nine`
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the tool: exit code, what it said, and the directory of its products."""
+
+    code: int
+    out: str
+    err: str
+    directory: Path
+
+    @property
+    def catalog(self):
+        return read_catalog(self.directory)
+
+    def image(self, product):
+        return fits.getdata(self.directory / f"{product}.fits")
+
+    def assert_refused(self, *words):
+        """Demand exit code 1, one line on stderr that holds these words, and no product."""
+        assert self.code == 1
+        assert re.fullmatch(ONE_ERROR, self.err)
+        for word in words:
+            assert str(word) in self.err
+        assert not any(self.directory.rglob("*"))
+
+
+def call(*arguments):
+    """Run the tool in this process; return its exit code."""
+    try:
+        return source_extractor.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+
+
+def extract(*arguments):
+    """Run the tool in this process, in silence and with success."""
+    assert call("-q", *arguments) == 0
+
+
+def start(*arguments, **keywords):
+    """Run the tool as a file, in a process of its own."""
+    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | keywords
+    return subprocess.run([sys.executable, SCRIPT, *arguments], check=False, timeout=60, **keywords)
+
+
+def all_nine(directory):
+    """Return the options that put all nine products into a directory."""
+    requested = [word for option, name in ON_REQUEST.items() for word in (option, directory / name)]
+    return ["-o", directory, *requested]
+
+
+def tree(directory):
+    """Return the content of every file below a directory, hidden ones too, by relative path."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def read_catalog(directory):
+    """Return the catalogue in a directory, exact to the last digit."""
+    lines = (directory / "catalog.tsv").read_text().splitlines()
+    names, *rows = (line.split("\t") for line in lines)
+    numbers = [[int(text) if text.isdecimal() else float(text) for text in row] for row in rows]
+    return pd.DataFrame(numbers, columns=names)
+
+
+def rows_at(catalog, x, y):
+    """Return the rows of the catalogue at these positions, each within 2 pixels."""
+    index, distance = nearest({"x": x, "y": y}, catalog)
+    assert distance.max() < 2
+    return catalog.iloc[index].reset_index(drop=True)

@@ -1,0 +1,78 @@
+"""What the tool promises: products, columns, defaults, and how it words what goes wrong."""
+
+from pathlib import Path
+
+FIVE = {"background.fits", "rms.fits", "segmentation.fits", "sources.png", "catalog.tsv"}
+ON_REQUEST = {
+    "--subtracted": "subtracted.fits",
+    "--catalog-fits": "catalog.fits",
+    "--regions": "sources.reg",
+    "--overview": "overview.png",
+}
+NINE = FIVE | set(ON_REQUEST.values())
+
+SEP_FIELDS = [
+    *("thresh", "npix", "tnpix", "xmin", "xmax", "ymin", "ymax", "x", "y", "x2", "y2", "xy"),
+    *("errx2", "erry2", "errxy", "a", "b", "theta", "cxx", "cyy", "cxy", "cflux", "flux"),
+    *("cpeak", "peak", "xcpeak", "ycpeak", "xpeak", "ypeak", "flag"),
+]
+DETECTION = ["id", *SEP_FIELDS]
+MEASUREMENT = [
+    *("ra", "dec", "elongation", "fwhm", "background", "rms", "kron_radius"),
+    *("flux_auto", "fluxerr_auto", "mag_auto", "magerr_auto", "snr"),
+    *("flux_radius", "xwin", "ywin", "flag_auto"),
+]
+COLUMNS = DETECTION + MEASUREMENT
+
+DEFAULTS = {
+    "hdu": None,
+    "plane": None,
+    "mask": None,
+    "mask_hdu": None,
+    "maskthresh": 0.0,
+    "mask_box": [],
+    "bw": 64,
+    "bh": 64,
+    "fw": 3,
+    "fh": 3,
+    "fthresh": 0.0,
+    "background_passes": 1,
+    "thresh": 1.5,
+    "err_option": "float_globalrms",
+    "err_file": None,
+    "err_hdu": None,
+    "err_type": "stddev",
+    "gain": None,
+    "minarea": 5,
+    "filter_case": "default",
+    "filter_fwhm": 2.0,
+    "filter_file": None,
+    "filter_type": "matched",
+    "deblend_nthresh": 32,
+    "deblend_cont": 0.005,
+    "clean": True,
+    "clean_param": 1.0,
+    "zeropoint": 0.0,
+    "kron_factor": 2.5,
+    "kron_min_radius": 3.5,
+    "measure_image": None,
+    "measure_hdu": None,
+    "measure_plane": None,
+    "output_dir": Path("."),
+    "subtracted": None,
+    "catalog_fits": None,
+    "regions": None,
+    "overview": None,
+    "image_format": None,
+    "verbose": False,
+    "quiet": False,
+}
+NOT_IN_HISTORY = {"output_dir", "image_format", "verbose", "quiet"}
+
+
+def one_line(kind, text=".+"):
+    """Return the pattern of all that is said of one "error" or "warning"."""
+    return rf"source_extractor\.py: {kind}: {text}\n"
+
+
+ONE_ERROR = one_line("error")

@@ -1,0 +1,181 @@
+"""All or nothing: whatever stops a run, no new product stays, and no old one goes."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from common import SCRIPT, all_nine, call, tree
+from contract import NINE, ONE_ERROR, one_line
+from sky import blobs
+
+
+@pytest.fixture
+def old(tmp_path):
+    """Return a directory that holds older products, all nine."""
+    directory = tmp_path / "results"
+    directory.mkdir()
+    for name in NINE:
+        (directory / name).write_text(f"old {name}")
+    return directory
+
+
+FAILURES = {
+    "mask of another shape": (1, ["--mask", "small.fits"]),
+    "mask of everything": (1, ["--mask", "image.fits"]),
+    "mask that is no image": (1, ["--mask", "note.txt"]),
+    "mask that is not there": (1, ["--mask", "nowhere.fits"]),
+    "kernel of even size": (1, ["--filter-case", "file", "--filter-file", "note.txt"]),
+    "box outside the image": (1, ["--mask-box", "1000", "1001", "0", "0"]),
+    "no background box left": (1, ["--mask-box", "2", "159", "0", "119"]),
+    "plane that is not there": (1, ["--plane", "1"]),
+    "target is a directory": (2, ["--catalog", "folder"]),
+    "target becomes a directory": (1, ["--catalog", "new/x", "--rms", "new/x/rms.fits"]),
+    "more columns than FITS has": (2, ["--aperture-diameters", *map(str, range(1, 240))]),
+    "target is a device": (2, ["--overview", os.devnull]),
+    "target is the image": (2, ["--background", "image.fits"]),
+    "target is the image by another name": (2, ["--subtracted", "folder/../image.fits"]),
+    "target is a link to the image": (2, ["--rms", "link.fits"]),
+    "target is the mask": (2, ["--mask", "small.fits", "--regions", "small.fits"]),
+    "target is the kernel": (
+        2,
+        ["--filter-case", "file", "--filter-file", "note.txt", "--regions", "note.txt"],
+    ),
+    "target is the measured image": (2, ["--measure-image", "small.fits", "--rms", "small.fits"]),
+    "two products in one file": (2, ["--catalog", "x.tsv", "--overlay", "./x.tsv"]),
+    "two products by default in one file": (2, ["--overlay", "results/catalog.tsv"]),
+    "target below a file": (1, ["--catalog", "note.txt/catalog.tsv"]),
+    "output directory is a file": (1, ["-o", "note.txt"]),
+    "target's name too long": (1, ["--catalog", "x" * 300]),
+}
+
+
+@pytest.mark.parametrize(("code", "options"), FAILURES.values(), ids=FAILURES)
+def test_a_failing_run_leaves_everything_as_it_was(
+    write, stars, old, tmp_path, monkeypatch, capsys, code, options
+):
+    write(stars)
+    write(stars[:50], "small.fits")
+    (tmp_path / "note.txt").write_text("1 2\n3 4\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.fits").symlink_to("image.fits")
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    arguments = ["image.fits", *all_nine(old.relative_to(tmp_path)), *options]
+    assert call(*arguments) == code
+    assert re.fullmatch(ONE_ERROR, capsys.readouterr().err)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_permission_costs_one_line(run, write, stars, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    result = run(write(stars), "--catalog", locked / "catalog.tsv")
+    assert result.code == 1
+    assert re.fullmatch(one_line("error", ".*locked.*"), result.err)
+    assert not result.directory.exists() or not tree(result.directory)
+
+
+SLOW = """
+import sys, time
+from matplotlib.figure import Figure
+import source_extractor
+
+def wait(*args, **kwargs):
+    print("drawing", flush=True)
+    time.sleep(60)
+
+Figure.savefig = wait
+sys.exit(source_extractor.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_is_killed_leaves_everything_as_it_was(write, stars, old, tmp_path, number):
+    image = write(stars)
+    before = tree(tmp_path)
+    command = [sys.executable, "-c", SLOW, image, "-q", *all_nine(old)]
+    with subprocess.Popen(
+        command,
+        cwd=SCRIPT.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout.readline() == "drawing\n"
+        assert tree(tmp_path) != before
+        process.send_signal(number)
+        err = process.communicate(timeout=30)[1]
+    assert process.returncode in (-number, 128 + number)
+    assert "Traceback" not in err
+    assert tree(tmp_path) == before
+
+
+KILLED_WHILE_PUTTING_IN_PLACE = """
+import os, signal, sys
+import source_extractor
+
+put = os.replace
+
+def put_and_kill(*args, **kwargs):
+    put(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+os.replace = put_and_kill
+sys.exit(source_extractor.main(sys.argv[1:]))
+"""
+
+
+def test_a_kill_while_products_are_put_in_place_leaves_all_old_or_all_new(
+    write, stars, old, tmp_path
+):
+    image = write(stars)
+    before = tree(old)
+    command = [sys.executable, "-c", KILLED_WHILE_PUTTING_IN_PLACE, image, "-q", *all_nine(old)]
+    subprocess.run(command, cwd=SCRIPT.parent, check=False, timeout=60)
+    after = tree(old)
+    assert after.keys() == before.keys()
+    replaced = [name for name in before if after[name] != before[name]]
+    assert len(replaced) in (0, len(before))
+
+
+@contextmanager
+def largest_file(size):
+    """Refuse, as a full disk would, to let any file grow beyond a size (bytes)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_to_unpack_an_image_is_not_taken_for_damage(run, write, stars):
+    image = write(stars, "image.fits.gz")
+    with largest_file(50_000):
+        result = run(image)
+    result.assert_refused("image.fits.gz", "unpacked", "TMPDIR")
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(2000, ()), (30_000, ()), (2000, ("--image-format", "tiff"))],
+    ids=["FITS", "PNG", "TIFF"],
+)
+def test_a_full_disk_costs_one_line_and_leaves_everything_as_it_was(
+    run, write, old, tmp_path, size, options
+):
+    image = write(blobs((64, 64), (30, 30)))
+    before = tree(tmp_path)
+    with largest_file(size):
+        result = run(image, "-q", "--catalog", old / "catalog.tsv", *options)
+    assert result.code == 1
+    assert re.fullmatch(one_line("error", ".*(products|results): .+"), result.err)
+    assert tree(tmp_path) == before

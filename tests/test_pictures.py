@@ -1,0 +1,306 @@
+"""The pictures: what is drawn where, and that it can be seen."""
+
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from matplotlib import image as mpl_image
+
+import source_extractor
+from common import NX, SHAPE
+from sky import blobs, galaxies, simulate, stars
+
+
+def is_red(rgb):
+    red, green, blue = np.moveaxis(rgb, 2, 0)
+    return (red > 0.6) & (green < 0.4) & (blue < 0.4)
+
+
+class Picture:
+    """A PNG of one panel, with its pixels found by the image's x and y."""
+
+    def __init__(self, path, shape):
+        self.rgb = mpl_image.imread(path)[..., :3]
+        dark = self.rgb.max(axis=2) < 0.25
+        columns = np.flatnonzero(dark.sum(axis=0) > 0.9 * dark.sum(axis=0).max())
+        rows = np.flatnonzero(dark.sum(axis=1) > 0.9 * dark.sum(axis=1).max())
+        self.left, self.right = columns[0], columns[-1]
+        self.top, self.bottom = rows[0], rows[-1]
+        self.ny, self.nx = shape
+
+    @property
+    def red(self):
+        return is_red(self.rgb)
+
+    @property
+    def blue(self):
+        """Where a blue tint lies over the picture."""
+        return self.rgb[..., 2] > self.rgb[..., 0] + 0.1
+
+    @property
+    def title(self):
+        """How many pixels are written on above the frame."""
+        return np.count_nonzero(self.rgb[: self.top - 2].max(axis=2) < 0.5)
+
+    def at(self, layer):
+        """Return a layer at the centres of the image's pixels, as an array of the image's shape."""
+        y, x = np.indices((self.ny, self.nx))
+        return layer[self.place(x, y)]
+
+    @property
+    def grey(self):
+        """Brightness inside the frame, 0 where it is coloured."""
+        flat = np.ptp(self.rgb, axis=2) < 0.02
+        inside = np.zeros_like(flat)
+        inside[self.top + 3 : self.bottom - 2, self.left + 3 : self.right - 2] = True
+        return np.where(flat & inside, self.rgb[..., 0], 0)
+
+    def position(self, where):
+        """Return the mean x and y, in the image's pixels, of the picture's pixels `where`."""
+        rows, columns = np.nonzero(where)
+        scale = (self.right - self.left) / self.nx
+        x = (columns.mean() - self.left) / scale - 0.5
+        y = (self.bottom - rows.mean()) / scale - 0.5
+        return x, y
+
+    def place(self, x, y):
+        """Return the row and column in the picture of the image's x and y."""
+        scale = (self.right - self.left) / self.nx
+        rows = self.bottom - (y + 0.5) * scale
+        return np.rint(rows).astype(int), np.rint(self.left + (x + 0.5) * scale).astype(int)
+
+
+@pytest.mark.parametrize("x", [14, 145])
+@pytest.mark.parametrize("y", [12, 106])
+def test_row_0_of_the_overlay_is_at_the_bottom(run, write, x, y):
+    result = run(write(blobs(SHAPE, (x, y), peak=300, a=3, b=3)), "--thresh", 8)
+    assert len(result.catalog) == 1
+    picture = Picture(result.directory / "sources.png", SHAPE)
+    grey = picture.grey
+    blurred = sum(np.roll(grey, (i, j), (0, 1)) for i in range(-9, 10, 3) for j in range(-9, 10, 3))
+    assert picture.position(blurred == blurred.max()) == pytest.approx((x, y), abs=2)
+    assert picture.position(picture.red) == pytest.approx((x, y), abs=0.7)
+
+
+@pytest.mark.parametrize("theta", [0, 0.5, -1.0])
+def test_ellipses_of_6a_by_6b_are_drawn_around_every_source(run, write, theta):
+    centres = [(40, 30), (110.5, 80.25), (30, 95)]
+    result = run(write(blobs(SHAPE, *centres, peak=200, a=5, b=2, theta=theta)), "--thresh", 8)
+    assert len(result.catalog) == 3
+    assert result.catalog["theta"].to_numpy() == pytest.approx(theta, abs=0.05)
+    picture = Picture(result.directory / "sources.png", SHAPE)
+    red = picture.red
+    near = sum(np.roll(red, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)) > 0
+    angle = np.linspace(0, 2 * np.pi, 60)
+    for source in result.catalog.itertuples():
+        along, across = 3 * source.a * np.cos(angle), 3 * source.b * np.sin(angle)
+        dx = along * np.cos(source.theta) - across * np.sin(source.theta)
+        dy = along * np.sin(source.theta) + across * np.cos(source.theta)
+        assert near[picture.place(source.x + dx, source.y + dy)].mean() > 0.95
+        inner = picture.place(source.x + 0.6 * dx, source.y + 0.6 * dy)
+        assert red[inner].mean() < 0.05
+
+
+def test_an_overlay_without_sources_has_no_ellipse(run, write):
+    result = run(write(blobs(SHAPE, (60, 50))), "--thresh", 1000)
+    picture = Picture(result.directory / "sources.png", SHAPE)
+    assert not picture.red.any()
+    assert picture.grey.any()
+
+
+def test_the_cuts_of_the_overlay_survive_nan_and_a_bright_star(run, write):
+    image = blobs(SHAPE, (100, 40))
+    image[60:64, 20:24] = 1e6
+    image[80:100, 60:90] = np.nan
+    image[0, 0] = np.inf
+    result = run(write(image))
+    picture = Picture(result.directory / "sources.png", SHAPE)
+    rows, columns = picture.place(np.arange(120, 155), np.arange(75, 110))
+    sky = picture.rgb[np.ix_(rows, columns)][..., 0]
+    low, middle, high = np.percentile(sky, [10, 50, 90])
+    assert 0.05 < middle < 0.95
+    assert high - low > 0.15
+
+
+MASKED = np.s_[20:60, 100:150]  # of SHAPE
+WAYS_TO_MASK = ("box", "file", "nan", "noise")
+
+
+def run_masked(run, write, way):
+    """Return the picture of blobs, a part of which is masked in one of many ways, if any."""
+    image, options = blobs(SHAPE, (40, 30), (60, 80), (140, 100), peak=200), ["--thresh", 8]
+    mask = np.zeros(SHAPE, bool)
+    mask[MASKED] = True
+    if way == "box":
+        options += ["--mask-box", 100, 149, 20, 59]
+    elif way == "file":
+        options += ["--mask", write(mask.astype(np.uint8), "mask.fits")]
+    elif way == "noise":
+        noise = write(np.where(mask, 0, 1).astype(np.float32), "noise.fits")
+        options += ["--err-option", "file", "--err-file", noise, "--filter-type", "conv"]
+    elif way == "nan":
+        image[MASKED] = np.nan
+    result = run(write(image, f"image-{way}.fits"), *options)
+    assert (len(result.catalog), result.err) == (3, "")
+    return Picture(result.directory / "sources.png", SHAPE)
+
+
+@pytest.mark.parametrize("way", WAYS_TO_MASK)
+def test_masked_pixels_are_tinted_blue_and_no_others(run, write, way):
+    blue = run_masked(run, write, way)
+    tinted = blue.at(blue.blue)
+    assert tinted[MASKED].all()
+    assert np.count_nonzero(tinted) == tinted[MASKED].size
+
+
+@pytest.mark.parametrize("way", WAYS_TO_MASK)
+def test_the_title_tells_of_masked_pixels(run, write, way):
+    plain, masked = (run_masked(run, write, which).title for which in (None, way))
+    assert plain > 50
+    assert masked > 1.5 * plain
+
+
+def test_without_a_mask_the_picture_is_grey_and_its_ellipses_are_red(run, write):
+    picture = run_masked(run, write, None)
+    red, green, blue = np.moveaxis(picture.rgb, 2, 0)
+    assert np.count_nonzero(picture.red) > 100
+    assert np.abs(green - blue).max() < 0.02
+    assert (red > green - 0.02).all()
+
+
+@pytest.mark.parametrize("way", WAYS_TO_MASK)
+def test_beside_the_mask_ellipses_are_red_and_the_rest_is_grey(run, write, way):
+    picture = run_masked(run, write, way)
+    assert np.count_nonzero(picture.red) > 100
+    flat = picture.at(np.ptp(picture.rgb, axis=2)) < 0.02
+    flat[MASKED] = True
+    assert flat.mean() > 0.9
+    red, green, blue = np.moveaxis(picture.rgb[picture.rgb[..., 0] > picture.rgb[..., 2]], 1, 0)
+    assert (red >= green).all()
+    assert np.abs(green - blue).max() < 0.02
+
+
+def test_brighter_pixels_are_never_darker_in_the_picture(run, write, tmp_path):
+    image = blobs(SHAPE, (40, 30), peak=5, a=4, b=4)
+    image += blobs(SHAPE, (110, 80), peak=300, noise=0) + blobs(SHAPE, (30, 95), peak=1e4, noise=0)
+    subtracted = tmp_path / "subtracted.fits"
+    result = run(write(image), "--subtracted", subtracted, "--thresh", 3)
+    picture = Picture(result.directory / "sources.png", SHAPE)
+    grey = picture.at(np.ptp(picture.rgb, axis=2)) == 0
+    order = np.argsort(fits.getdata(subtracted)[grey])
+    levels = picture.at(picture.rgb[..., 0])[grey][order]
+    assert (np.diff(levels) >= 0).all()
+    assert len(np.unique(levels)) > 100
+
+
+def test_faint_sky_and_structure_in_a_bright_core_are_seen_together(run, write):
+    shape = (200, 260)
+    core, knot, faint = (80, 100), (88, 104), (200, 60)
+    galaxy = galaxies(*core, 1.0, n=1, a=12, b=9, theta=0.4)
+    profile, _ = simulate(shape, galaxy, noise=0)
+    bright = 3000 / profile.max() * profile
+    second, _ = simulate(shape, stars(*knot, 1.0, fwhm=3), noise=0)
+    second *= (1.2 * 3000 - bright[knot[::-1]]) / second.max()
+    dim, _ = simulate(shape, galaxies(*faint, 1.0, n=1, a=8, b=8), noise=0)
+    sky = np.random.default_rng(5).normal(100, 1, shape)
+    image = sky + bright + second + 4 / dim.max() * dim
+    result = run(write(image.astype(np.float32)), "--bw", 300, "--bh", 300)
+    picture = Picture(result.directory / "sources.png", shape)
+    grey = picture.at(picture.rgb[..., 0])
+
+    def level(x, y, reach=0):
+        return np.median(grey[y - reach : y + reach + 1, x - reach : x + reach + 1])
+
+    between = level(84, 102)
+    assert image[core[::-1]] < image[knot[::-1]] < 1.25 * image[core[::-1]]
+    assert level(*knot) > level(*core) + 0.01
+    assert between < level(*core) - 0.01
+    low, middle, high = np.percentile(grey[140:195, 190:255], [16, 50, 84])
+    assert high - low > 0.1
+    assert 0.1 < middle < 0.4
+    assert level(*faint, reach=2) > high
+
+
+@pytest.mark.parametrize("shape", [(1, 500), (3000, 2), (2, 2), (1300, 2500)])
+def test_the_picture_is_of_bounded_size_whatever_the_image(run, write, tmp_path, shape):
+    overview = tmp_path / "overview.png"
+    result = run(write(blobs(shape)), "--overview", overview)
+    assert result.code == 0
+    for path, limit in ((result.directory / "sources.png", 1300), (overview, 2600)):
+        height, width = mpl_image.imread(path).shape[:2]
+        assert 100 < height < limit
+        assert 100 < width < limit
+
+
+def test_a_source_is_found_in_the_reduced_picture_of_a_large_image(run, write):
+    shape = (400, 2300)
+    image = write(blobs(shape, (1900, 120), peak=400, a=8, b=8))
+    result = run(image, "--thresh", 8, "--bw", 200, "--bh", 200)
+    picture = Picture(result.directory / "sources.png", shape)
+    assert picture.position(picture.red) == pytest.approx((1900, 120), abs=6)
+
+
+def test_a_mask_is_found_in_the_reduced_picture_of_a_large_image(run, write):
+    shape = (400, 2300)
+    box = ("--mask-box", 600, 1199, 40, 99)
+    result = run(write(blobs(shape, (1900, 120), peak=400, a=8, b=8)), "--thresh", 8, *box)
+    picture = Picture(result.directory / "sources.png", shape)
+    assert picture.position(picture.blue) == pytest.approx((899.5, 69.5), abs=3)
+    size = (picture.right - picture.left) * (picture.bottom - picture.top)
+    assert picture.blue.sum() / size == pytest.approx(600 * 60 / (400 * 2300), rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1000), (1, 2500), (2001, 3), (1001, 1500)])
+def test_shrink_takes_block_means_of_finite_values_and_block_maxima(shape):
+    rng = np.random.default_rng(5)
+    image = rng.normal(size=shape)
+    image[rng.random(shape) < 0.3] = np.nan
+    step = -(-max(shape) // source_extractor.PICTURE_SIDE)
+    padded = np.pad(image, [(0, -length % step) for length in shape], constant_values=np.nan)
+    blocks = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        means = np.nanmean(blocks, axis=(1, 3))
+    found = source_extractor.shrink(image, source_extractor.block_means)
+    np.testing.assert_allclose(found, means, rtol=1e-12, atol=1e-12)
+    labels = np.where(np.isnan(blocks), 0, 1000 + 100 * blocks).astype(int)
+    values = np.where(np.isnan(image), 0, 1000 + 100 * image).astype(int)
+    found = source_extractor.shrink(values, source_extractor.block_maxima)
+    np.testing.assert_array_equal(found, labels.max(axis=(1, 3)))
+
+
+def test_block_means_treat_infinity_as_no_value():
+    strip = np.array([[1.0, np.inf, -np.inf, np.nan], [3.0, 4.0, np.inf, np.nan]])
+    means = source_extractor.block_means(strip, np.array([0, 2]))
+    np.testing.assert_array_equal(means, [8 / 3, np.nan])
+
+
+def test_the_overview_has_four_panels_with_colour_bars(run, write, tmp_path):
+    image = blobs(SHAPE, (40, 30), (110, 80)) + np.linspace(0, 300, NX, dtype=np.float32)
+    run(write(image), "--overview", tmp_path / "overview.png", "--bw", 20, "--bh", 20)
+    rgb = mpl_image.imread(tmp_path / "overview.png")[..., :3]
+    height, width = (length // 2 for length in rgb.shape[:2])
+    sources, background = rgb[:height, :width], rgb[:height, width:]
+    rms, segmentation = rgb[height:, :width], rgb[height:, width:]
+
+    def count(panel, *colour):
+        return np.count_nonzero(np.abs(panel - np.array(colour)).max(axis=2) < 0.03)
+
+    def has_grey_ramp(panel):
+        return all(count(panel, grey, grey, grey) for grey in np.linspace(0.1, 0.9, 9))
+
+    viridis = [(0.267, 0.005, 0.329), (0.128, 0.567, 0.551), (0.993, 0.906, 0.144)]
+    assert has_grey_ramp(sources)
+    assert is_red(sources).any()
+    for panel in (background, rms):
+        assert all(count(panel, *colour) for colour in viridis)
+        assert not is_red(panel).any()
+    assert count(segmentation, 0, 0, 0) > 0.2 * height * width
+    coloured = Counter(map(tuple, segmentation[np.ptp(segmentation, axis=2) > 0.05]))
+    labels = []
+    for colour in (np.array(colour) for colour, pixels in coloured.items() if pixels > 300):
+        if all(np.abs(colour - label).max() > 0.05 for label in labels):
+            labels.append(colour)
+    assert len(labels) == 2
