@@ -1,28 +1,35 @@
-"""The script, the wrapper, the package and the README say the same."""
+"""The script, the wrapper and the package say the same."""
 
+import base64
 import copy
+import io
 import math
 import re
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from PIL import Image
 
 import source_extractor
-from source_extractor import ALWAYS, ON_REQUEST, build_parser, catalog_columns, option_of
+from source_extractor import PRODUCTS, build_parser, catalog_columns, option_of
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SHED = yaml.safe_load((ROOT / ".shed.yml").read_text())
+WORKFLOW = yaml.safe_load((ROOT / "workflows/extract-sources.gxwf.yml").read_text())
 
 ACTIONS = {option_of(a.dest): a for a in build_parser()._actions if a.option_strings}
+ALWAYS = {name for name, product in PRODUCTS.items() if product.default}
 IN_THE_FORM = {
     option: action
     for option, action in ACTIONS.items()
-    if action.dest not in {*ALWAYS, "output_dir", "verbose", "quiet", "version", "help"}
+    if action.dest not in ALWAYS | {"output_dir", "verbose", "quiet", "version", "help"}
 }
 
 
@@ -34,16 +41,19 @@ def expanded(element, macros):
         if child.tag == "expand":
             macro = ElementTree.tostring(macros[child.get("macro")], encoding="unicode")
             for name, value in child.attrib.items():
-                macro = macro.replace(f"@{name.upper()}@", value)
+                macro = macro.replace(f"@{name.upper()}@", escape(value, {'"': "&quot;"}))
             whole.extend(expanded(ElementTree.fromstring(macro), macros))
         else:
             whole.append(expanded(child, macros))
     return whole
 
 
-TOOL = ElementTree.parse(ROOT / "source_extractor.xml").getroot()
-TOKENS = {token.get("name"): token.text for token in TOOL.iter("token")}
-INPUTS = expanded(TOOL.find("inputs"), {macro.get("name"): macro for macro in TOOL.iter("xml")})
+WRAPPER = ElementTree.parse(ROOT / "source_extractor.xml").getroot()
+IMPORTED = [file.text for file in WRAPPER.iter("import")]
+FILES = [WRAPPER, *(ElementTree.parse(ROOT / name).getroot() for name in IMPORTED)]
+TOKENS = {token.get("name"): token.text for file in FILES for token in file.iter("token")}
+TOOL = expanded(WRAPPER, {macro.get("name"): macro for file in FILES for macro in file.iter("xml")})
+INPUTS, COMMAND = TOOL.find("inputs"), TOOL.findtext("command")
 PARAMETERS = {param.get("argument"): param for param in INPUTS.iter("param")}
 NUMBERS = [name for name, param in PARAMETERS.items() if param.get("type") in ("integer", "float")]
 
@@ -72,6 +82,43 @@ def upper_bound(param):
 def test_the_form_has_every_option_and_no_other():
     form = {*filter(None, PARAMETERS), "--mask-box"}
     assert form == set(IN_THE_FORM)
+
+
+def test_the_sections_are_in_the_order_of_the_work():
+    image, thresh, *sections = INPUTS
+    assert (image.get("name"), thresh.get("argument")) == ("image", "--thresh")
+    titles = [section.get("title").split(":")[0] for section in sections]
+    assert list(zip([section.get("name") for section in sections], titles, strict=True)) == [
+        ("input", "Input"),
+        ("masking", "Masking"),
+        ("mesh", "Background"),
+        ("detection", "Detection"),
+        ("filtering", "Filter"),
+        ("deblending", "Deblending and cleaning"),
+        ("photometry", "Photometry"),
+        ("outputs", "Outputs"),
+    ]
+
+
+def test_all_masking_is_in_its_section():
+    masking = INPUTS.find("section[@name='masking']")
+    assert [child.get("name") for child in masking] == ["mask_image", "mask_box"]
+    assert "--mask-box" in masking.find("repeat").get("help")
+    options = {param.get("argument") for param in masking.iter("param")} - {None}
+    assert options == {option for option in PARAMETERS if option and "mask" in option}
+
+
+def test_every_side_of_a_rectangle_is_explained_and_must_be_given():
+    sides = list(INPUTS.find(".//repeat[@name='mask_box']"))
+    assert [side.get("name").upper() for side in sides] == list(ACTIONS["--mask-box"].metavar)
+    assert len({side.get("help") for side in sides} - {None, ""}) == 4
+    for side in sides:
+        assert (side.get("value"), side.get("optional")) == (None, None)
+        taken = side.findtext("validator")
+        for text in ("0", "12", " 345 "):
+            assert re.match(taken, text)
+        for text in ("", " ", "-1", "1.5", "1 2", "\u0661", "x"):
+            assert not re.match(taken, text)
 
 
 def test_parameters_are_called_as_the_options_are_stored():
@@ -165,15 +212,61 @@ def test_the_form_takes_the_diameters_that_the_script_takes():
         assert bool(matches) == taken
 
 
-def test_hdu_names_as_files_have_them_are_taken():
-    pattern = re.compile(PARAMETERS["--hdu"].findtext("validator"))
-    for text in ("0", "12", "SCI", "SCI,2", "im1", "WEIGHT_MAP", "CCD-3", "N15.1"):
-        assert pattern.match(text)
+HDU_OPTIONS = [option for option in PARAMETERS if option and option.endswith("hdu")]
+
+
+@pytest.mark.parametrize("option", HDU_OPTIONS)
+def test_hdu_names_as_files_have_them_are_taken(option):
+    pattern = re.compile(PARAMETERS[option].findtext("validator"))
+    for text in (
+        *("0", "12", " 3 ", "SCI", "SCI,2", "im1", "2MASS", "WEIGHT_MAP", "CCD-3", "N15.1"),
+        *("данные", "科学,2", "صورة", "SCI#1", "[SCI]", "{a} & b|c", "50% *?!", "a,b", "~x", "<y>"),
+    ):
+        assert pattern.match(text), text
+
+
+@pytest.mark.parametrize("option", HDU_OPTIONS)
+def test_hdu_names_reach_the_script_as_they_were_typed(option):
+    assert PARAMETERS[option].find("sanitizer").get("sanitize") == "false"
+    name = IN_THE_FORM[option].dest
+    quoted = rf"{option} \$\{{quote\(str\(\$[\w.]+\.{name}\)\.strip\(\)\)\}}\n"
+    assert len(re.findall(quoted, COMMAND)) == 1
+    assert len(re.findall(rf"{option}\b", COMMAND)) == 1
+    assert "#from shlex import quote\n" in COMMAND
 
 
 def test_every_product_is_an_output():
-    outputs = {output.get("name") for output in TOOL.find("outputs").iter("data")}
-    assert outputs == {*ALWAYS, *ON_REQUEST}
+    outputs = {output.get("name"): output for output in TOOL.find("outputs")}
+    assert outputs.keys() == PRODUCTS.keys()
+    for name, product in PRODUCTS.items():
+        condition = None if product.default else f"outputs['{name}']"
+        assert outputs[name].findtext("filter") == condition
+
+
+def test_outputs_are_taken_from_where_the_command_has_them_written():
+    for output in TOOL.find("outputs"):
+        option, file = option_of(output.get("name")), output.get("from_work_dir")
+        assert re.findall(rf"{option} (.*)\n", COMMAND) == [file]
+
+
+def test_numbers_of_columns_agree():
+    names = [column.name for column in catalog_columns(())]
+    assert TOKENS["@COLUMNS@"] == str(len(names))
+    assert TOKENS["@COLUMNS_TWO_APERTURES@"] == str(len(catalog_columns((7.5, 30.0))))
+    (listed,) = TOOL.findall(".//metadata[@name='column_names']")
+    assert listed.get("value").split(",") == names
+    for file in FILES:
+        for counted in (*file.iter("has_n_columns"), *file.findall(".//metadata[@name='columns']")):
+            assert counted.get("n", counted.get("value")) in TOKENS
+    tests = (ROOT / "workflows/extract-sources.gxwf-tests.yml").read_text()
+    counts = re.findall(r"that: has_n_columns\s+n: (\d+)", tests)
+    assert counts == [str(len(names))] * 2
+
+
+def test_assertions_count_no_columns():
+    for file in FILES:
+        for line in file.iter("has_line_matching"):
+            assert not re.search(r"\\t[^()]*\)[{*+]", line.get("expression"))
 
 
 def test_versions_agree():
@@ -189,33 +282,28 @@ def test_requirements_agree():
     assert all(bounds[name].contains(version) for name, version in pins.items())
 
 
-@pytest.mark.parametrize("option", ACTIONS)
-def test_the_readme_has_every_option(option):
-    assert re.search(rf"`{option}[`\s]", README)
+def test_the_developers_are_known_by_the_owner_of_the_repository():
+    organization = dict(TOOL.find("creator/organization").attrib)
+    assert organization["identifier"] == SHED["owner"]
+    (creator,) = WORKFLOW["creator"]
+    assert creator == {"class": "Organization"} | organization
 
 
-@pytest.mark.parametrize(
-    "option", [o for o, a in IN_THE_FORM.items() if a.default not in (None, [], (), True, False)]
-)
-def test_the_readme_has_every_default(option):
-    rows = [line.split("|") for line in README.splitlines() if line.startswith("| `--")]
-    row = next(row for row in rows if f"`{option}`" in row[1])
-    assert str(IN_THE_FORM[option].default) in row[2]
+def test_the_repository_holds_what_the_tool_needs():
+    needed = {"source_extractor.py", "source_extractor.xml", "test-data/", *IMPORTED}
+    assert needed <= set(SHED["include"])
+    assert all((ROOT / name).exists() for name in SHED["include"])
 
 
-def table_of_columns(text):
-    """Return names and units of the columns in a Markdown table, in its order."""
-    rows = text[text.index("| `id` |") :].split("\n\n")[0].splitlines()
-    cells = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
-    return [(name, unit) for names, unit in cells for name in re.findall(r"`(\w+)`", names)]
-
-
-def test_readme_and_help_have_every_column_with_its_unit():
-    written = {"pixel2": "pixel²", "pixel-2": "pixel⁻²", "measured": "image", None: ""}
-    columns = [(c.name, written.get(c.unit, c.unit)) for c in catalog_columns(())]
-    columns[columns.index(("kron_radius", ""))] = ("kron_radius", "a, b")
-    assert table_of_columns(README) == columns
-    assert table_of_columns(TOOL.findtext("help")) == columns
+def test_the_help_holds_a_picture_of_sources():
+    (place,) = re.findall(r"!\[[^\]]{20,}\]\((.*)\)", TOOL.findtext("help"))
+    kind, data = TOKENS[place].split(";base64,")
+    picture = base64.b64decode(data, validate=True)
+    assert len(picture) < 100_000
+    with Image.open(io.BytesIO(picture)) as image:
+        assert kind == f"data:{image.get_format_mimetype()}"
+        assert image.width == 480
+        image.load()
 
 
 def test_every_test_file_is_used():

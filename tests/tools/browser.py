@@ -1,32 +1,100 @@
-"""Take pictures of the tool in Galaxy, as its users see it, with headless Chromium.
+"""Use the tool in Galaxy as people do, in headless Chromium, and check what comes of it.
 
-    python tests/tools/browser.py OUTDIR
+    python tests/tools/browser.py            # fill in the form, run it, run it again
+    python tests/tools/browser.py OUTDIR     # take pictures of the tool as well
 
 Needs Debian's packages `chromium` and `chromium-driver`.
 """
 
 import argparse
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import indent
 
+import numpy as np
+from astropy.io import fits
 from bioblend.galaxy import GalaxyInstance
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.wait import WebDriverWait
 
-from galaxy import ROOT, Galaxy, running_galaxy
+from galaxy import ROOT, Galaxy, Outcome, report, running_galaxy
 
 TOOL_ID = "source_extractor"
+SCRIPT = ROOT / "source_extractor.py"
 IMAGE = ROOT / "test-data" / "sky.fits"
-WIDTH, HEIGHT = 1400, 1000
+WIDTH, HEIGHT = 1400, 1100
+HEIGHT_OF_FORM = 5000
 TIMEOUT = 60
 JOB_TIMEOUT = 300
+
+# The page's parts, as CSS selectors.
+MIDDLE = "#center"
+PANEL = "#center > .overflow-auto"
+RUN = "#center #execute"
+READY = f"{RUN}:not(.g-disabled)"
+FOLDED = "#center .portlet-header:has(+ .portlet-content[style*='display: none'])"
+ADD_RECTANGLE = "#center button[data-title^='Click to add Rectangle']"
+FIELD_ID = "form-element-"
+FIELD, FIELDS = f"#center [id='{FIELD_ID}{{}}']", f"#center [id^='{FIELD_ID}']"
+REFUSED = ".alert"
+SELECT, SELECTED, OPTION = ".multiselect", "[data-selected-value]", "[data-option-value='{}']"
+SWITCH, SWITCH_LABEL = "input[type=checkbox]", ".custom-control-label"
+TYPED = "input.ui-input"
+PICTURE = "#center img"
+STARTED = "#center .donemessagelarge a[href^='/jobs/']"
+DATASET = "#dataset-{}[data-state=ok]"
+RUN_AGAIN = ".rerun-btn"
+PEEK = ".dataset-peek"
+PREVIEW, CELL = "#center .image-wrapper img", "#center .dataset-display tbody td"
+
+# What to set in the form, at least one field of each kind, and the same for a shell. A whole
+# number in a field for fractions is shown as 2.0 when the form is opened again.
+SETTINGS = {
+    "thresh": "2.0",
+    "masking|mask_box_0|xmin": "4",
+    "masking|mask_box_0|xmax": "140",
+    "masking|mask_box_0|ymin": "215",
+    "masking|mask_box_0|ymax": "351",
+    "masking|mask_box_1|xmin": "232",
+    "masking|mask_box_1|xmax": "351",
+    "masking|mask_box_1|ymin": "12",
+    "masking|mask_box_1|ymax": "130",
+    "mesh|background_passes": "2",
+    "detection|gain": "4.5",
+    "filtering|kernel|filter_case": "gaussian",
+    "filtering|kernel|filter_fwhm": "3.5",
+    "deblending|clean": False,
+    "photometry|aperture_diameters": "5 10",
+    "outputs|regions": True,
+}
+OPTIONS = (
+    *("--thresh", "2"),
+    *("--mask-box", "4", "140", "215", "351"),
+    *("--mask-box", "232", "351", "12", "130"),
+    *("--background-passes", "2"),
+    *("--gain", "4.5"),
+    *("--filter-case", "gaussian", "--filter-fwhm", "3.5"),
+    "--no-clean",
+    *("--aperture-diameters", "5", "10"),
+    *("--regions", "regions.reg"),
+)
+PRODUCTS = {
+    "catalog": "catalog.tsv",
+    "regions": "regions.reg",
+    "segmentation": "segmentation.fits",
+    "background": "background.fits",
+    "rms": "rms.fits",
+}
 
 
 @contextmanager
@@ -68,6 +136,178 @@ def _installed(program: str) -> str:
     return path
 
 
+def check(galaxy: Galaxy, driver: Chrome) -> Iterator[Outcome]:
+    """Fill in the form, run the tool, and run it again.
+
+    Parameters
+    ----------
+    galaxy : Galaxy
+        Where the tool is.
+    driver : Chrome
+        The browser.
+
+    Yields
+    ------
+    Outcome
+        One for each thing that a user relies on.
+    """
+    start = time.monotonic()
+    try:
+        for name, problems in _findings(galaxy, driver):
+            yield Outcome(name, not problems, "\n".join(problems), time.monotonic() - start)
+            start = time.monotonic()
+    except WebDriverException as error:
+        shown = driver.find_element(By.CSS_SELECTOR, MIDDLE).text[:500]
+        report = f"{error.msg}; it shows:\n{indent(shown, '    ')}"
+        yield Outcome("a way through the pages", False, report, time.monotonic() - start)
+
+
+def _findings(galaxy: Galaxy, driver: Chrome) -> Iterator[tuple[str, list[str]]]:
+    """Name what was looked at, and list what is wrong with it."""
+    user = GalaxyInstance(galaxy.url, galaxy.user_key)
+    history, _ = _history_with(IMAGE, user)
+    driver.set_window_size(WIDTH, HEIGHT_OF_FORM)
+    _open_form(galaxy, driver, history)
+    _unfold(driver)
+    defaults = _values(driver)
+    yield "the help shows its picture", _pictures_not_shown(driver)
+
+    _find(driver, ADD_RECTANGLE).click()
+    _find(driver, RUN).click()
+    for side in ("xmin", "xmax", "ymin", "ymax"):
+        _find(driver, FIELD.format(f"masking|mask_box_0|{side}") + REFUSED)
+    started = user.jobs.get_jobs(history_id=history, tool_id=TOOL_ID)
+    yield "the form refuses an empty rectangle", [f"job {job['id']} started" for job in started]
+
+    _find(driver, ADD_RECTANGLE).click()
+    _fill_in(driver, SETTINGS)
+    _find(driver, READY).click()
+    job = _started_job(driver, user)
+    yield "the form starts a job that succeeds", _failure(job)
+    if job["state"] != "ok":
+        return
+    with TemporaryDirectory(prefix="products-") as directory:
+        for product, same in _compare_with_shell(user, job, Path(directory)):
+            yield f"the job and a shell make the same {product}", [] if same else ["they differ"]
+
+    catalog = DATASET.format(job["outputs"]["catalog"]["id"])
+    _find(driver, catalog).click()
+    _find(driver, f"{catalog} {RUN_AGAIN}").click()
+    _find(driver, READY)
+    _unfold(driver)
+    yield "run again restores the form", _differences(_values(driver), defaults | SETTINGS)
+    _find(driver, READY).click()
+    again = _started_job(driver, user)
+    yield (
+        "run again repeats the job",
+        [*_failure(again), *_differences(again["params"], job["params"])],
+    )
+
+
+def _history_with(image: Path, user: GalaxyInstance) -> tuple[str, str]:
+    """Make a history, upload an image, and return the ids of both."""
+    history = user.histories.create_history("Extract sources")["id"]
+    uploaded = user.tools.upload_file(str(image), history)["outputs"][0]["id"]
+    user.datasets.wait_for_dataset(uploaded, maxwait=JOB_TIMEOUT, interval=0.5)
+    return history, uploaded
+
+
+def _open_form(galaxy: Galaxy, driver: Chrome, history: str) -> None:
+    driver.get(f"{galaxy.url}/history/set_as_current?id={history}")
+    driver.get(f"{galaxy.url}/?tool_id={TOOL_ID}&version=latest")
+    _find(driver, READY)
+
+
+def _unfold(driver: Chrome) -> None:
+    for header in driver.find_elements(By.CSS_SELECTOR, FOLDED):
+        header.click()
+
+
+def _values(driver: Chrome) -> dict[str, str | bool]:
+    """Read the fields of the form, by their names."""
+    fields = driver.find_elements(By.CSS_SELECTOR, FIELDS)
+    return {field.get_attribute("id").removeprefix(FIELD_ID): _value(field) for field in fields}
+
+
+def _value(field: WebElement) -> str | bool:
+    for switch in field.find_elements(By.CSS_SELECTOR, SWITCH):
+        return switch.is_selected()
+    for selected in field.find_elements(By.CSS_SELECTOR, SELECTED):
+        return selected.get_attribute("data-selected-value")
+    return field.find_element(By.CSS_SELECTOR, TYPED).get_property("value")
+
+
+def _fill_in(driver: Chrome, settings: Mapping[str, str | bool]) -> None:
+    """Switch, select or type what differs from the form."""
+    for name, value in settings.items():
+        selector = FIELD.format(name)
+        field = _find(driver, selector)
+        if isinstance(value, bool):
+            if _value(field) != value:
+                field.find_element(By.CSS_SELECTOR, SWITCH_LABEL).click()
+        elif field.find_elements(By.CSS_SELECTOR, SELECT):
+            field.find_element(By.CSS_SELECTOR, SELECT).click()
+            _find(driver, f"{selector} {OPTION.format(value)}").click()
+        else:
+            typed = field.find_element(By.CSS_SELECTOR, TYPED)
+            typed.clear()
+            typed.send_keys(value)
+
+
+def _pictures_not_shown(driver: Chrome) -> list[str]:
+    pictures = driver.find_elements(By.CSS_SELECTOR, PICTURE)
+    if not pictures:
+        return ["there is none"]
+    WebDriverWait(driver, TIMEOUT).until(
+        lambda _: all(picture.get_property("complete") for picture in pictures),
+        "the page does not finish loading its pictures",
+    )
+    return [
+        f"{picture.get_attribute('alt')}: not shown"
+        for picture in pictures
+        if picture.get_property("naturalWidth") == 0
+    ]
+
+
+def _started_job(driver: Chrome, user: GalaxyInstance) -> dict:
+    """Wait for the job that the page says it has started, and return its details."""
+    job = _find(driver, STARTED).get_attribute("href").split("/")[-2]
+    user.jobs.wait_for_job(job, maxwait=JOB_TIMEOUT, interval=0.5, check=False)
+    return user.jobs.show_job(job, full_details=True)
+
+
+def _failure(job: dict) -> list[str]:
+    return [] if job["state"] == "ok" else [f"{job['state']}: {job['stderr']}"]
+
+
+def _compare_with_shell(
+    user: GalaxyInstance, job: dict, directory: Path
+) -> Iterator[tuple[str, bool]]:
+    """Run the script with the options that say what the form says, and compare the products."""
+    command = [sys.executable, SCRIPT, IMAGE, *OPTIONS, "--quiet"]
+    subprocess.run(command, cwd=directory, check=True)
+    for product, name in PRODUCTS.items():
+        theirs, ours = directory / f"galaxy-{name}", directory / name
+        user.datasets.download_dataset(
+            job["outputs"][product]["id"],
+            str(theirs),
+            use_default_filename=False,
+            maxwait=JOB_TIMEOUT,
+        )
+        if theirs.suffix == ".fits":
+            yield product, np.array_equal(fits.getdata(theirs), fits.getdata(ours))
+        else:
+            yield product, theirs.read_bytes() == ours.read_bytes()
+
+
+def _differences(found: Mapping, expected: Mapping) -> list[str]:
+    return [
+        f"{name}: {found.get(name)!r} instead of {expected.get(name)!r}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
+
+
 def take_pictures(galaxy: Galaxy, driver: Chrome, image: Path, directory: Path) -> None:
     """Take pictures of the form, and of what a run of the tool leaves in the history.
 
@@ -84,16 +324,10 @@ def take_pictures(galaxy: Galaxy, driver: Chrome, image: Path, directory: Path) 
         `history.png` with the overlay beside the history, `catalog.png` with the table.
     """
     user = GalaxyInstance(galaxy.url, galaxy.user_key)
-    history = user.histories.create_history("Extract sources")["id"]
-    uploaded = user.tools.upload_file(str(image), history)["outputs"][0]["id"]
-    user.datasets.wait_for_dataset(uploaded, maxwait=JOB_TIMEOUT, interval=0.5)
-
-    driver.get(f"{galaxy.url}/history/set_as_current?id={history}")
-    driver.get(f"{galaxy.url}/?tool_id={TOOL_ID}&version=latest")
-    _wait_for(driver, "#execute:not(.g-disabled)")
+    history, uploaded = _history_with(image, user)
+    _open_form(galaxy, driver, history)
     _picture_panel(driver, directory / "form.png")
-    for header in driver.find_elements(By.CSS_SELECTOR, "#center .portlet-header.cursor-pointer"):
-        header.click()
+    _unfold(driver)
     _picture_panel(driver, directory / "form-open.png")
 
     run = user.tools.run_tool(history, TOOL_ID, {"image": {"src": "hda", "id": uploaded}})
@@ -103,23 +337,24 @@ def take_pictures(galaxy: Galaxy, driver: Chrome, image: Path, directory: Path) 
 
     driver.set_window_size(WIDTH, HEIGHT)
     driver.get(f"{galaxy.url}/datasets/{outputs['overlay']}/preview")
-    _wait_for(driver, "#center .image-wrapper img")
-    _wait_for(driver, f"#dataset-{outputs['catalog']}[data-state=ok]").click()
-    _wait_for(driver, f"#dataset-{outputs['catalog']} .dataset-peek")
+    _find(driver, PREVIEW)
+    catalog = DATASET.format(outputs["catalog"])
+    _find(driver, catalog).click()
+    _find(driver, f"{catalog} {PEEK}")
     driver.save_screenshot(directory / "history.png")
     driver.get(f"{galaxy.url}/datasets/{outputs['catalog']}/preview")
-    _wait_for(driver, "#center .dataset-display tbody td")
+    _find(driver, CELL)
     driver.save_screenshot(directory / "catalog.png")
 
 
-def _wait_for(driver: Chrome, selector: str) -> WebElement:
+def _find(driver: Chrome, selector: str) -> WebElement:
     located = expected_conditions.visibility_of_element_located((By.CSS_SELECTOR, selector))
     return WebDriverWait(driver, TIMEOUT).until(located, f"the page does not show {selector}")
 
 
 def _picture_panel(driver: Chrome, path: Path) -> None:
     """Take a picture of the middle panel, in a window high enough to show all of it."""
-    panel = driver.find_element(By.CSS_SELECTOR, "#center > .overflow-auto")
+    panel = driver.find_element(By.CSS_SELECTOR, PANEL)
     driver.set_window_size(WIDTH, HEIGHT)
     height, shown = (int(panel.get_property(f"{name}Height")) for name in ("scroll", "client"))
     driver.set_window_size(WIDTH, HEIGHT + height - shown)
@@ -127,7 +362,7 @@ def _picture_panel(driver: Chrome, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Start a Galaxy and take the pictures.
+    """Start a Galaxy, check the form, and take the pictures if a directory is given.
 
     Parameters
     ----------
@@ -139,14 +374,18 @@ def main(argv: list[str] | None = None) -> int:
     int
         Exit status.
     """
-    parser = argparse.ArgumentParser(description="Take pictures of the tool in Galaxy.")
-    parser.add_argument("directory", type=Path, metavar="OUTDIR", help="where the pictures go")
-    parser.add_argument("--image", type=Path, default=IMAGE, help="image to run the tool on")
+    parser = argparse.ArgumentParser(description="Use the tool in Galaxy with a browser.")
+    parser.add_argument(
+        "directory", type=Path, nargs="?", metavar="OUTDIR", help="where pictures of it go"
+    )
+    parser.add_argument("--image", type=Path, default=IMAGE, help="image for the pictures")
     args = parser.parse_args(argv)
-    args.directory.mkdir(parents=True, exist_ok=True)
-    with running_galaxy() as galaxy, browser() as driver:
-        take_pictures(galaxy, driver, args.image, args.directory)
-    return 0
+
+    with browser() as driver, running_galaxy() as galaxy:
+        if args.directory:
+            args.directory.mkdir(parents=True, exist_ok=True)
+            take_pictures(galaxy, driver, args.image, args.directory)
+        return report(check(galaxy, driver))
 
 
 if __name__ == "__main__":

@@ -350,6 +350,19 @@ def _report(data: dict) -> str:
     return "\n".join(map(str, [*filter(None, problems), *written]))
 
 
+def report(outcomes: Iterable[Outcome]) -> int:
+    """Print each outcome as it comes, and their count; return 1 if any is a failure, else 0."""
+    count = {True: 0, False: 0}
+    for outcome in outcomes:
+        count[outcome.passed] += 1
+        verdict = "passed" if outcome.passed else "FAILED"
+        print(f"{verdict} {outcome.name} ({outcome.seconds:.1f} s)", flush=True)
+        if not outcome.passed:
+            print(indent(outcome.report, "    "), flush=True)
+    print(f"{count[True]} passed, {count[False]} failed")
+    return int(count[False] > 0)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the checks, or serve the tool until interrupted.
 
@@ -377,16 +390,7 @@ def main(argv: list[str] | None = None) -> int:
             with suppress(KeyboardInterrupt):
                 signal.pause()
             return 0
-        outcomes = []
-        for outcome in check(galaxy):
-            outcomes.append(outcome)
-            verdict = "passed" if outcome.passed else "FAILED"
-            print(f"{verdict} {outcome.name} ({outcome.seconds:.1f} s)", flush=True)
-            if not outcome.passed:
-                print(indent(outcome.report, "    "), flush=True)
-    failed = sum(not outcome.passed for outcome in outcomes)
-    print(f"{len(outcomes) - failed} passed, {failed} failed")
-    return int(failed > 0)
+        return report(check(galaxy))
 
 
 if __name__ == "__main__":
