@@ -1,0 +1,188 @@
+"""README and docs say what is true: of options, columns, files and examples."""
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.patches import Ellipse
+
+import source_extractor
+from source_extractor import build_parser, catalog_columns, check_usage, option_of
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+README, OPTIONS, CATALOG = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/options.md", "docs/catalog.md")
+)
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 9216
+
+
+def test_continuous_integration_finds_the_test_command():
+    command = next(line for line in README.splitlines() if re.match(r"    .*pytest", line))
+    assert command.endswith(
+        "&& .venv-test/bin/pytest && .venv-test/bin/python tests/tools/galaxy.py"
+    )
+
+
+# Files and links
+
+
+def anchors(page):
+    """Return the anchors that GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_links_and_pictures_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    assert links
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pages
+def test_files_that_are_mentioned_exist(page):
+    text = page.read_text()
+    paths = re.findall(r"\b(?:tests|test-data|workflows|docs)/[\w./-]*\w", text)
+    for path in (*paths, *re.findall(r"`(\w+\.(?:xml|py))`", text)):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_page_and_picture_is_reached_from_the_readme():
+    linked = {link for page in PAGES for link in re.findall(r"\]\(([^)\s#]+)", page.read_text())}
+    for path in (ROOT / "docs").iterdir():
+        assert {path.name, f"docs/{path.name}"} & linked, path.name
+
+
+def test_the_form_has_the_settings_of_the_example():
+    form = "".join(path.read_text() for path in ROOT.glob("*.xml"))
+    rows = re.findall(r"^\| (\*.*)$", README, re.MULTILINE)
+    assert len(rows) == 5
+    for row in rows:
+        for name in re.findall(r"\*([^*|]+)\*", row):
+            assert re.search(rf'(label|title)="{name}[":]', form), name
+
+
+# Options
+
+
+ACTIONS = {option_of(a.dest): a for a in build_parser()._actions if a.option_strings}
+DEFAULTS = {
+    option: action.default
+    for option, action in ACTIONS.items()
+    if action.nargs != 0 and action.default not in (None, [], ())
+}
+
+
+@pytest.mark.parametrize("option", ACTIONS)
+def test_every_option_is_documented(option):
+    assert re.search(rf"^\| .*`{option}[`\s]", OPTIONS, re.MULTILINE)
+
+
+@pytest.mark.parametrize("option", DEFAULTS)
+def test_every_default_is_documented(option):
+    rows = [line.split("|") for line in OPTIONS.splitlines() if line.startswith("| `-")]
+    names, defaults = next(row[1:3] for row in rows if f"`{option}`" in row[1])
+    options = re.findall(r"`(--[\w-]+)", names)
+    written = defaults.replace("`", "").split(",")
+    assert len(written) == len(options)
+    assert written[options.index(option)].strip() == str(DEFAULTS[option])
+
+
+# Columns
+
+
+def table_of_columns(text):
+    """Return names and units of the columns in a Markdown table, in its order."""
+    rows = text[text.index("| `id` |") :].split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
+    return [(name, unit) for names, unit in cells for name in re.findall(r"`(\w+)`", names)]
+
+
+def test_page_and_help_have_every_column_with_its_unit():
+    written = {"pixel2": "pixel²", "pixel-2": "pixel⁻²", "measured": "image", None: ""}
+    columns = [(c.name, written.get(c.unit, c.unit)) for c in catalog_columns(())]
+    columns[columns.index(("kron_radius", ""))] = ("kron_radius", "a, b")
+    assert table_of_columns(CATALOG) == columns
+    tool = ElementTree.parse(ROOT / "source_extractor.xml")
+    assert table_of_columns(tool.findtext("help")) == columns
+
+
+# Examples
+
+
+def commands(text):
+    """Return the arguments of each call of the tool in a text's code."""
+    code = re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
+    code += re.findall(r"`(source_extractor [^-`][^`]*)`", text)
+    for line in code:
+        for command in line.split(" && "):
+            name, *arguments = command.split()
+            if Path(name).name in ("source_extractor", "source_extractor.py"):
+                yield arguments
+
+
+EXAMPLES = {page.name: list(commands(page.read_text())) for page in PAGES}
+EXAMPLES["--help"] = list(commands(build_parser().epilog))
+
+
+@pytest.mark.parametrize(
+    "arguments", [a for examples in EXAMPLES.values() for a in examples], ids=" ".join
+)
+def test_examples_are_right_usage(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_usage(build_parser().parse_args(arguments)) is None
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES["README.md"]) >= 7
+    assert EXAMPLES["options.md"]
+    assert EXAMPLES["--help"]
+
+
+def test_the_snippet_draws_the_ellipses_of_the_catalogue(run, data, tmp_path, monkeypatch):
+    catalog = run(data / "sky.fits").catalog
+    (tmp_path / "test-data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("Agg")
+    monkeypatch.setattr(plt, "show", lambda: None)
+    (snippet,) = re.findall(r"```python\n(.*?)```", CATALOG, re.DOTALL)
+    names = {}
+    exec(snippet, names)
+    ellipses = [patch for patch in names["axes"].patches if isinstance(patch, Ellipse)]
+    drawn = pd.DataFrame([(*e.center, e.width, e.height, np.radians(e.angle)) for e in ellipses])
+    plt.close(names["figure"])
+    expected = catalog[["x", "y", "a", "b", "theta"]].to_numpy() * (1, 1, 6, 6, 1)
+    np.testing.assert_allclose(drawn, expected, rtol=1e-12)
+
+
+def test_the_contrast_splits_as_the_page_says(run, data):
+    found = {c: len(run(data / "sky.fits", "--deblend-cont", c).catalog) for c in (0.005, 0.0001)}
+    for contrast, sources in found.items():
+        assert re.search(rf"\b{contrast:f}".rstrip("0") + rf" finds {sources}\b", OPTIONS)
+
+
+# The script
+
+
+def test_the_map_in_the_script_names_its_sections_in_order():
+    text = Path(source_extractor.__file__).read_text()
+    sections = re.findall(r"^# -+\n# (.+)\n# -+$", text, re.MULTILINE)
+    listed = re.findall(r"^    ([A-Z][\w :]+?)  +\S", source_extractor.__doc__, re.MULTILINE)
+    assert len(sections) > 10
+    assert listed == sections
