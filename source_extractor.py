@@ -8,7 +8,8 @@ sections:
     Reading                  a FITS or TIFF file in; its origin, and one plane of pixels out
     Kernel                   the filter for the detection
     Mask and frame           which pixels count, and the numbers that SEP works on
-    Background               a field: an image less its background, its mask and noise settled
+    Background               a field: an image less its background, its mask and noise settled; a
+                             second pass detects first
     Detection                a field in, objects and the map of their labels out
     Measurements             sizes, fluxes and centroids of the objects
     Catalogue                all of it in one table, whose columns stand in another
@@ -62,7 +63,6 @@ PROG = "source_extractor.py"
 SIGNATURE = f"{PROG} {__version__} (sep {sep.__version__})"
 
 log = logging.getLogger("source_extractor")
-logging.raiseExceptions = False  # a reader of stdout may go away
 
 
 def one_line(text):
@@ -71,7 +71,7 @@ def one_line(text):
 
 
 class InputError(Exception):
-    """Data that can't be used: one line that says what is wrong with which file, and what to do."""
+    """A file that can't be used: one line that says what is wrong with it, and what to do."""
 
 
 @contextmanager
@@ -193,6 +193,8 @@ class Origin:
         File, and HDU where there is one, for messages.
     dtype : str
         Type of the pixels in the file.
+    hdu : int or None
+        Index of the HDU.
     wcs : WCS or None
         The celestial WCS of the plane.
     unit : str or None
@@ -205,6 +207,7 @@ class Origin:
 
     name: str
     dtype: str
+    hdu: int | None = None
     wcs: WCS | None = None
     unit: str | None = None
     black: int | None = None
@@ -341,6 +344,7 @@ def open_fits(path, hdu):
         origin = Origin(
             name=f"{path}[{number}]" + (f" {chosen.name}" if chosen.name else ""),
             dtype=fits.BITPIX2DTYPE[header["BITPIX"]],
+            hdu=number,
             wcs=celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]]),
             unit=str(header["BUNIT"]) if header.get("BUNIT") else None,
             product=product_told(str(header.get("HISTORY", ""))),
@@ -462,8 +466,11 @@ def product_told(history):
 
 
 def to_float(data):
-    """Return `data` as a native, contiguous, writable array: float64 where float32 would round."""
-    exact = 4 if data.dtype.kind == "f" else 2
+    """Return `data` as a native, contiguous, writable array: float64 where float32 would round.
+
+    The caller gives `data` up: its bytes may be swapped in place.
+    """
+    exact = 4 if data.dtype.kind == "f" else 2  # bytes of what float32 holds exactly
     if not data.dtype.isnative and data.flags.writeable:
         data = data.byteswap(inplace=True).view(data.dtype.newbyteorder())
     return np.require(data, np.float64 if data.dtype.itemsize > exact else np.float32, ["C", "W"])
@@ -545,7 +552,7 @@ def read_noise(path, hdu, plane, kind, shape):
 
 
 def read_measure_image(path, hdu, plane, origin, shape):
-    """Read the image to measure on.
+    """Read the measure image, on which the sources of the other one are measured.
 
     It must have the shape (ny, nx) of the image from `origin`, and should have its WCS; parameters,
     returns and errors else as in `read_image`.
@@ -745,6 +752,11 @@ class Frame:
 # of a bright galaxy goes on well beyond the isophote it was detected at.
 GROWTH = 6.0
 
+# Which part of an image a mask must hide, and how many times it must raise the noise, to be one
+# that was made for another image.
+MUCH_MASKED = 0.05
+MUCH_NOISIER = 2.0
+
 # What SEP itself puts for the noise of a masked pixel, and the largest number that it can sum.
 NO_WEIGHT = 1e30
 LARGEST = 1e30
@@ -837,7 +849,7 @@ def build_field(pixels, mask, noise, method):
 
 
 def build_measure_field(pixels, mask, method):
-    """Return the `Field` of an image that is only measured, under the mask of the other one.
+    """Return the `Field` of the measure image, under the mask of the other one.
 
     The pixels become its residual, in place.
     """
@@ -907,6 +919,23 @@ def grow_mask(mask, objects):
     shape = {name: sane[name] for name in ("x", "y", "cxx", "cyy", "cxy")}
     sep.mask_ellipse(grown, **shape, r=GROWTH)
     return grown
+
+
+def noise_raised_by_mask(field):
+    """Return how many times the global RMS of the whole image that under the mask is.
+
+    1 where little is masked, or the whole image has no noise: that of a padded mosaic.
+    """
+    masked = field.mask.mean()
+    if masked <= MUCH_MASKED:
+        return 1.0
+    bad = too_large(field.residual)
+    if masked - bad.mean() <= MUCH_MASKED:
+        return 1.0
+    pixels = field.background.back()
+    pixels += field.residual
+    whole = global_rms(estimate_background(pixels, bad, field.method.background))
+    return global_rms(field.background) / whole if whole else 1.0
 
 
 def global_rms(background):
@@ -1058,14 +1087,16 @@ def measure(field, measure_field, found, settings):
         xwin, ywin = windowed_centroids(measure_field, shapes, radius, neighbours)
         apertures = aperture_fluxes(measure_field, shapes, settings.aperture_diameters, neighbours)
     fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
-    in_image_values = map(measure_field.frame.differences, fluxes.values())
-    measured = pd.DataFrame(dict(zip(fluxes, in_image_values, strict=True)), index=ids[sane])
-    measured = measured.assign(kron_radius=kron, flux_radius=radius, xwin=xwin, ywin=ywin)
-    measured[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
-    measured["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
-    measured = measured.reindex(ids).reset_index(drop=True)
-    measured["flag_auto"] = measured["flag_auto"].fillna(sep.APER_ALLMASKED).astype(np.int64)
-    return measured.assign(**survey_background(measure_field, objects))
+    columns = {name: measure_field.frame.differences(values) for name, values in fluxes.items()}
+    columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin}
+    measurements = pd.DataFrame(columns, index=ids[sane])
+    measurements[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
+    # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
+    measurements["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
+    measurements = measurements.reindex(ids).reset_index(drop=True)
+    flags = measurements["flag_auto"].fillna(sep.APER_ALLMASKED)
+    measurements["flag_auto"] = flags.astype(np.int64)
+    return measurements.assign(**survey_background(measure_field, objects))
 
 
 def sane_shapes(objects):
@@ -1239,7 +1270,7 @@ def at_objects(values, objects):
 
 
 class Column(NamedTuple):
-    """A column of the catalogue: the unit may be that of the "image", or of the "measured" one.
+    """A column of the catalogue: the unit may be that of the "image", or of the "measure" one.
 
     The UCD says what it is in the words of the IVOA.
     """
@@ -1295,13 +1326,13 @@ COLUMNS = (
     Column("dec", "deg", "pos.eq.dec;meta.main", "declination of (x, y), ICRS"),
     Column("elongation", None, "src.morph.param", "a / b"),
     Column("fwhm", "pixel", "phys.angSize", "FWHM of a Gaussian of the same a and b"),
-    Column("background", "measured", "instr.background", "background level at the object"),
-    Column("rms", "measured", "stat.stdev;instr.background", "background RMS at the object"),
+    Column("background", "measure", "instr.background", "background level at the object"),
+    Column("rms", "measure", "stat.stdev;instr.background", "background RMS at the object"),
     Column(
         "kron_radius", None, "phys.angSize", "Kron radius of the AUTO ellipse in units of a and b"
     ),
-    Column("flux_auto", "measured", "phot.flux", "flux in the Kron ellipse"),
-    Column("fluxerr_auto", "measured", "stat.error;phot.flux", "error of flux_auto"),
+    Column("flux_auto", "measure", "phot.flux", "flux in the Kron ellipse"),
+    Column("fluxerr_auto", "measure", "stat.error;phot.flux", "error of flux_auto"),
     Column("mag_auto", "mag", "phot.mag", "magnitude of flux_auto"),
     Column("magerr_auto", "mag", "stat.error;phot.mag", "error of mag_auto"),
     Column("snr", None, "stat.snr", "flux_auto / fluxerr_auto"),
@@ -1314,15 +1345,15 @@ COLUMNS = (
 )
 
 
-def catalog_columns(diameters, image_unit="image", measured_unit="measured"):
+def catalog_columns(diameters, image_unit="image", measure_unit="measure"):
     """Return all columns of the catalogue, with those for the aperture diameters (pixels)."""
-    units = {"image": image_unit, "measured": measured_unit}
+    units = {"image": image_unit, "measure": measure_unit}
     columns = COLUMNS + tuple(
         Column(f"{name}_{aperture(diameter)}", unit, ucd, f"{text}, {diameter:.15g} pixels wide")
         for diameter in diameters
         for name, unit, ucd, text in (
-            ("flux", "measured", "phot.flux", "flux in a circle"),
-            ("fluxerr", "measured", "stat.error;phot.flux", "error of the flux in a circle"),
+            ("flux", "measure", "phot.flux", "flux in a circle"),
+            ("fluxerr", "measure", "stat.error;phot.flux", "error of the flux in a circle"),
             ("mag", "mag", "phot.mag", "magnitude in a circle"),
             ("magerr", "mag", "stat.error;phot.mag", "error of the magnitude in a circle"),
         )
@@ -1330,7 +1361,7 @@ def catalog_columns(diameters, image_unit="image", measured_unit="measured"):
     return tuple(column._replace(unit=units.get(column.unit, column.unit)) for column in columns)
 
 
-def build_catalog(objects, frame, measured, wcs, settings):
+def build_catalog(objects, frame, measurements, wcs, settings):
     """Return the catalogue, a row an object, with exactly the columns that the contract has.
 
     Parameters
@@ -1339,12 +1370,12 @@ def build_catalog(objects, frame, measured, wcs, settings):
         `sep.extract`'s objects.
     frame : Frame
         The one they were found in.
-    measured : DataFrame
+    measurements : DataFrame
         What `measure` found.
     wcs : WCS or None
     settings : PhotometrySettings
     """
-    catalog = pd.concat([pd.DataFrame(objects), measured], axis=1)
+    catalog = pd.concat([pd.DataFrame(objects), measurements], axis=1)
     for name in ("thresh", "cflux", "flux", "cpeak", "peak"):
         catalog[name] = frame.differences(catalog[name])
     catalog["id"] = np.arange(1, len(objects) + 1)
@@ -1711,10 +1742,11 @@ PRODUCTS = {
 }
 
 
-def write_products(paths, result):
-    """Write each product that has a path, by name."""
+def write_products(paths, targets, result):
+    """Write each product to the path that `staged` gave it for its target."""
     for name, path in paths.items():
-        timed(PRODUCTS[name].write)(path, result)
+        with writing(targets[name]):
+            timed(PRODUCTS[name].write)(path, result)
 
 
 @contextmanager
@@ -1728,36 +1760,49 @@ def staged(targets):
     Yields
     ------
     dict of str to Path
-        Under the same names.
+        Under the same names, with the same extensions.
+
+    Raises
+    ------
+    InputError
+        If a target can't be written, before anything is done.
     """
     token = secrets.token_hex(4)
     parts = {}
     try:
-        for where in targets.values():
-            where.parent.mkdir(parents=True, exist_ok=True)
+        for target in targets.values():
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
         for name, target in targets.items():
-            where = target
-            with suppress(FileNotFoundError):
-                target.stat()  # fails now rather than at the end if its name can't be one
-            if target.is_dir():
-                raise InputError(f"{target}: a directory; choose another place for the {name}")
-            part = target.with_name(f".{name}-{token}{target.suffix}")
-            part.touch(exist_ok=False)
-            parts[name] = part
-        where = targets["catalog"].parent
-        yield parts
+            with writing(target):
+                with suppress(FileNotFoundError):
+                    target.stat()  # fails now rather than at the end if its name can't be one
+                if target.is_dir():
+                    raise InputError(f"{target}: a directory; choose another place for the {name}")
+                part = target.with_name(f".{name}-{token}{target.suffix}")
+                part.touch(exist_ok=False)
+                parts[name] = part
+        yield dict(parts)
         with stopping_by(signal.SIG_IGN):
             for name, part in list(parts.items()):
-                part.replace(targets[name])
+                with writing(targets[name]):
+                    part.replace(targets[name])
                 del parts[name]
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise InputError(
-            f"{where}: can't be written ({reason}); make room or choose another place"
-        ) from error
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(target):
+    """Tell what keeps a target from being written, as an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise InputError(
+            f"{target}: can't be written ({reason}); make room or choose another place"
+        ) from error
 
 
 @contextmanager
@@ -2019,9 +2064,14 @@ def run(args):
     """Do the whole work, from the image to its products."""
     method, photometry = choose_method(args), settings_from(args, PhotometrySettings)
     origin, pixels = read_image(args.image, args.hdu, args.plane)
-    mask, noise, measure_origin, measure_pixels = read_companions(args, origin, pixels.shape)
+    mask, noise = read_mask_and_noise(args, pixels.shape)
+    measure_origin, measure_pixels = origin, None
+    if args.measure_image:
+        measure_origin, measure_pixels = read_measure_image(
+            args.measure_image, args.measure_hdu, args.measure_plane, origin, pixels.shape
+        )
     targets = product_paths(args)
-    with staged(targets) as paths:
+    with staged(targets) as paths:  # first, so that a place that can't be written fails at once
         with about(origin.name):
             mask = build_mask(pixels, mask, noise, args.mask_box)
             report_image(origin, pixels, mask)
@@ -2032,14 +2082,18 @@ def run(args):
         if measure_pixels is not None:
             with about(measure_origin.name):
                 measure_field = build_measure_field(measure_pixels, mask, method)
-        measured = measure(field, measure_field, found, photometry)
-        catalog = build_catalog(found.objects, field.frame, measured, origin.wcs, photometry)
-        columns = catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit)
-        settings = describe_settings(args, origin)
+        measurements = measure(field, measure_field, found, photometry)
+        catalog = build_catalog(found.objects, field.frame, measurements, origin.wcs, photometry)
         result = Result(
-            origin, field, found.segmentation, catalog, columns, settings, args.image_format
+            origin=origin,
+            field=field,
+            segmentation=found.segmentation,
+            catalog=catalog,
+            columns=catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit),
+            settings=describe_settings(args, origin),
+            image_format=args.image_format,
         )
-        write_products(paths, result)
+        write_products(paths, targets, result)
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
 
@@ -2060,31 +2114,24 @@ def choose_method(args):
     )
 
 
-def read_companions(args, origin, shape):
-    """Read what goes with the image (ny, nx): mask, noise, and origin and pixels to measure on.
-
-    What isn't given is None, and the origin that of the image.
-    """
-    mask = noise = measure_pixels = None
+def read_mask_and_noise(args, shape):
+    """Read the mask and the noise image for an image (ny, nx); what isn't given is None."""
+    mask = noise = None
     if args.mask:
         mask = read_mask(args.mask, args.mask_hdu, args.plane, args.maskthresh, shape)
     if args.err_file:
         noise = read_noise(args.err_file, args.err_hdu, args.plane, args.err_type, shape)
-    if args.measure_image:
-        origin, measure_pixels = read_measure_image(
-            args.measure_image, args.measure_hdu, args.measure_plane, origin, shape
-        )
-    return mask, noise, origin, measure_pixels
+    return mask, noise
 
 
 def describe_settings(args, origin):
     """Return the options that decide what is found, a line each; files by name, without path."""
-    elsewhere = {"output_dir", "image_format", "verbose", "quiet", *PRODUCTS}
-    taken = vars(args) | {"hdu": origin.name.removeprefix(str(args.image)) or None}
+    not_told = {"output_dir", "image_format", "verbose", "quiet", *PRODUCTS}
+    options = vars(args) | {"hdu": origin.hdu}
     return [
         f"{name} = {value.name if isinstance(value, Path) else value!a}"
-        for name, value in taken.items()
-        if name not in elsewhere and value not in (None, [], ())
+        for name, value in options.items()
+        if name not in not_told and value not in (None, [], ())
     ]
 
 
@@ -2111,32 +2158,12 @@ def report_field(field):
         typical = frame.differences(float(np.median(sample(field.noise, field.mask))))
         log.info("threshold     %.6g (%g x noise, median)", thresh * typical, thresh)
         warn_of_depth(method)
-    if method.measures_noise():
-        warn_of_masking(field)
-
-
-# Which part of the image must be masked, and how many times it must raise the noise, for a warning.
-MUCH_MASKED = 0.05
-MUCH_NOISIER = 2.0
-
-
-def warn_of_masking(field):
-    """Tell if the mask hides the quiet part of the image, as one made for another image may."""
-    masked = field.mask.mean()
-    if masked <= MUCH_MASKED:
-        return
-    bad = too_large(field.residual)
-    if masked - bad.mean() <= MUCH_MASKED:
-        return
-    pixels = field.background.back()
-    pixels += field.residual
-    whole = global_rms(estimate_background(pixels, bad, field.method.background))
-    rms = global_rms(field.background)
-    if 0 < MUCH_NOISIER * whole <= rms:
+    raised = noise_raised_by_mask(field) if method.measures_noise() else 1.0
+    if raised >= MUCH_NOISIER:
         log.warning(
             "the mask makes the noise %.1f times that of the whole image, so that faint sources "
             "are lost: was it made for this image?",
-            rms / whole,
+            raised,
         )
 
 
@@ -2179,6 +2206,7 @@ def start_logging(args):
     log.handlers = [reports, warnings_]
     log.propagate = False
     log.setLevel(logging.ERROR if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
+    logging.raiseExceptions = False  # a reader of stdout may go away
     logging.captureWarnings(True)
     for library in ("py.warnings", "tifffile"):
         logging.getLogger(library).setLevel(logging.CRITICAL)

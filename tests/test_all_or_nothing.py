@@ -177,5 +177,5 @@ def test_a_full_disk_costs_one_line_and_leaves_everything_as_it_was(
     with largest_file(size):
         result = run(image, "-q", "--catalog", old / "catalog.tsv", *options)
     assert result.code == 1
-    assert re.fullmatch(one_line("error", ".*(products|results): .+"), result.err)
+    assert re.fullmatch(one_line("error", r".*(products|results)/\w+\.\w+: .+"), result.err)
     assert tree(tmp_path) == before

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -444,7 +445,6 @@ def test_main_takes_its_arguments_from_the_command_line(write, stars, tmp_path, 
 
 
 def test_the_installed_command_is_main():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
     project = tomllib.loads(SCRIPT.with_name("pyproject.toml").read_text())["project"]
     target = project["scripts"]["source_extractor"]
     assert pkgutil.resolve_name(target) is source_extractor.main

@@ -1,6 +1,7 @@
 """The image products: standard, of the right type, with unit, history and place on the sky."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import sep
 import tifffile
@@ -92,6 +93,16 @@ def test_history_has_the_version_and_each_parameter(run, write, stars, form):
         for name, value in (DEFAULTS | GIVEN).items():
             if value not in (None, []) and name not in NOT_IN_HISTORY:
                 assert f"{name} = {value!r}" in said
+
+
+def test_the_hdu_in_history_can_be_given_again(run, tmp_path, stars):
+    hdus = [fits.PrimaryHDU(), fits.ImageHDU(stars[:50]), fits.ImageHDU(stars, name="SCI")]
+    fits.HDUList(hdus).writeto(tmp_path / "mef.fits")
+    result = run(tmp_path / "mef.fits", "--hdu", "SCI")
+    told = next(line for line in history(result.directory / "rms.fits") if line.startswith("hdu"))
+    assert told == "hdu = 2"
+    again = run(tmp_path / "mef.fits", "--hdu", told.removeprefix("hdu = "))
+    pd.testing.assert_frame_equal(again.catalog, result.catalog)
 
 
 @pytest.mark.parametrize(

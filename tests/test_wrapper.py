@@ -5,6 +5,7 @@ import copy
 import io
 import math
 import re
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -16,8 +17,6 @@ from PIL import Image
 
 import source_extractor
 from source_extractor import PRODUCTS, build_parser, catalog_columns, option_of
-
-tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
