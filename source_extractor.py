@@ -1866,17 +1866,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{PROG}: error: {one_line(message)} (see --help)\n")
 
 
-EXAMPLES = f"""examples:
+EXAMPLES = """examples:
   find and measure the sources of an image; then look at products/sources.png:
-    {PROG} image.fits -o products
+    source_extractor image.fits -o products
   only what is beyond doubt, with a bright star masked:
-    {PROG} image.fits --thresh 5 --mask-box 40 140 215 300 -o sure
+    source_extractor image.fits --thresh 5 --mask-box 40 140 215 300 -o sure
   one extension of several, another of them as its mask:
-    {PROG} hst.fits --hdu SCI --mask hst.fits --mask-hdu DQ -o hst
+    source_extractor hst.fits --hdu SCI --mask hst.fits --mask-hdu DQ -o hst
   colours: detect in one band, measure in another:
-    {PROG} r.fits --measure-image g.fits --aperture-diameters 6 10 -o g
+    source_extractor r.fits --measure-image g.fits --aperture-diameters 6 10 -o g
   nuclei in a microscope image, their labels as TIFF:
-    {PROG} nuclei.tif --bw 256 --bh 256 --minarea 30 --image-format tiff -o nuclei
+    source_extractor nuclei.tif --bw 256 --bh 256 --minarea 30 --image-format tiff -o nuclei
 """
 
 

@@ -96,7 +96,7 @@ def test_help_groups_the_options_by_task():
 def examples():
     """Return the arguments of each example that ends the help text."""
     lines = source_extractor.build_parser().format_help().split("\nexamples:\n")[1].splitlines()
-    commands = [line.split("source_extractor.py ")[1] for line in lines if "_extractor.py " in line]
+    commands = [line.split("source_extractor ")[1] for line in lines if "_extractor " in line]
     return [shlex.split(command) for command in commands]
 
 
