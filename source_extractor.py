@@ -474,13 +474,9 @@ def celestial_wcs(path, hdus, header, axes):
             raise ValueError("its matrix is singular")
         if any("Removed redundant" in str(warning.message) for warning in told):
             kept, ignored = ("SIP", "PV") if wcs.sip else ("PV", "SIP")
-            log.warning(
-                "%s: WCS with SIP and PV: took %s, ignored %s; remove one", path, kept, ignored
-            )
+            log.warning("%s: SIP and PV in its WCS: %s is taken, %s ignored", path, kept, ignored)
         elif wcs.sip and not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
-            text = (
-                "%s: WCS with SIP, but no -SIP in CTYPE: took it; remove it if it is undone already"
-            )
+            text = "%s: SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
             log.warning(text, path)
         return wcs
     except Exception as error:
