@@ -459,9 +459,7 @@ def describe_hdus(hdus):
 def celestial_wcs(path, hdus, header, axes):
     """Return the celestial WCS of the FITS axes numbers `axes`, or None if there is none."""
     try:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            wcs = WCS(header, hdus, naxis=axes)
+        wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
         if not wcs.has_celestial:
             return None
         needed = re.compile(rf"(CRVAL|CRPIX|CDELT|CD|PC|PV)[{axes[0]}{axes[1]}](_\d+)?$")
@@ -472,16 +470,28 @@ def celestial_wcs(path, hdus, header, axes):
         blank = [header.get(f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
         if blank or not np.linalg.cond(wcs.pixel_scale_matrix) < 1e8:
             raise ValueError("its matrix is singular")
-        if any("Removed redundant" in str(warning.message) for warning in told):
-            kept, ignored = ("SIP", "PV") if wcs.sip else ("PV", "SIP")
-            log.warning("%s: SIP and PV in its WCS: %s is taken, %s ignored", path, kept, ignored)
-        elif wcs.sip and not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
+        if wcs.sip and not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
             text = "%s: SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
             log.warning(text, path)
         return wcs
     except Exception as error:
         log.warning("%s: WCS can't be used and is left out (%s)", path, one_line(error))
         return None
+
+
+def without_double_distortion(path, header, axes):
+    """Return a header without the SIP or the PV that, of both, its CTYPE doesn't name."""
+    sip = [key for key in header if re.match(r"[AB]P?_(ORDER|\d+_\d+)$", key)]
+    pv = [key for key in header if re.match(rf"PV[{axes[0]}{axes[1]}]_\d+$", key)]
+    kinds = {str(value_of(header, f"CTYPE{axis}")).strip()[-4:] for axis in axes}
+    if not sip or not (kinds == {"-TPV"} or any(int(key[4:]) > 4 for key in pv)):
+        return header
+    kept, dropped, cards = ("SIP", "PV", pv) if kinds == {"-SIP"} else ("PV", "SIP", sip)
+    log.warning("%s: SIP and PV in its WCS: %s is taken, %s ignored", path, kept, dropped)
+    header = header.copy()
+    for key in cards:
+        header.remove(key)
+    return header
 
 
 def beam_area(header, wcs):
@@ -498,10 +508,10 @@ def open_tiff(path, hdu):
     with tifffile.TiffFile(path) as tiff:
         images = [image for image in tiff.series if not image.keyframe.is_reduced] or tiff.series
         last, number = len(images) - 1, hdu or "0"
-        if hdu is None and last:
+        if hdu is None and last > 0:
             text = "%s: read the first of its %d images; choose another, 0 to %d, with --hdu"
             log.warning(f"{text} (Extension)", path, last + 1, last)
-        if not number.isdecimal() or int(number) > last:
+        if hdu and not (hdu.isdecimal() and int(hdu) <= last):
             text = f"no such extension (HDU): {hdu}; this TIFF file has images 0 to {last}"
             raise InputError(f"{path}: {text}")
         series = images[int(number)]
