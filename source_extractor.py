@@ -50,9 +50,11 @@ import numpy as np
 import pandas as pd
 import sep
 import tifffile
+from astropy import units as u
 from astropy.io import fits
 from astropy.table import Table
 from astropy.wcs import WCS
+from astropy.wcs.utils import proj_plane_pixel_area
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import AsinhNorm, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
@@ -181,6 +183,13 @@ def aperture(diameter):
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FITS_MAGIC = (b"SIMPLE", b"\x1f\x8b", b"BZh")
+COMPRESS_MAGIC = b"\x1f\x9d"
+
+# CTYPE of an axis of the sky, and a card of scaling that holds no number.
+CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")
+NO_NUMBER = re.compile(
+    rb"(BSCALE|BZERO|BLANK) *= (?! *[-+]?[\d.]+([EeDd][-+]?\d+)? *(/|$))([^/]*)", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -199,8 +208,12 @@ class Origin:
         The celestial WCS of the plane.
     unit : str or None
         The header's BUNIT.
+    beam : float or None
+        Area in pixels of the beam that `unit` is per.
     black : int or None
         The value of black in a TIFF in which 0 is white.
+    palette : bool
+        Whether pixels are numbers of colours.
     product : str or None
         Which of this tool's own products the file says it is.
     """
@@ -210,7 +223,9 @@ class Origin:
     hdu: int | None = None
     wcs: WCS | None = None
     unit: str | None = None
+    beam: float | None = None
     black: int | None = None
+    palette: bool = False
     product: str | None = None
 
 
@@ -250,7 +265,7 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     ----------
     path : Path
     hdu : str, optional
-        Index, EXTNAME, or EXTNAME,EXTVER; without it the first HDU that holds an image.
+        Index, in FITS also EXTNAME, or EXTNAME,EXTVER; without it the first that holds an image.
     plane : int, optional
         Plane of a cube, stack or colour image, from 0 over the flattened other axes.
     lone_serves_all : bool
@@ -274,15 +289,13 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
         raise InputError(f"{path}: {error.strerror}") from error
     if head.startswith(TIFF_MAGIC):
         kind, opened = "TIFF", open_tiff
-        if hdu is not None:
-            raise InputError(
-                f"{path}: a TIFF file has no extension (HDU) {hdu}; leave that option out"
-            )
     elif head.startswith(FITS_MAGIC):
-        kind, opened = "FITS", partial(open_fits, hdu=hdu)
+        kind, opened = "FITS", open_fits
+    elif head.startswith(COMPRESS_MAGIC):
+        raise InputError(f"{path}: packed by compress (.Z); unpack it first (gzip -d)")
     else:
         raise InputError(f"{path}: neither a FITS nor a TIFF file; convert it to one of them")
-    with reading(path, kind), opened(path) as stack:
+    with reading(path, kind), opened(path, hdu) as stack:
         pixels = stack.cut(choose_plane(stack, plane, lone_serves_all))
         if pixels.dtype.kind not in "biuf":
             raise InputError(
@@ -318,16 +331,26 @@ def choose_plane(stack, plane, lone_serves_all):
 
 @contextmanager
 def open_fits(path, hdu):
-    """Open a FITS file as a `Stack`; the image axes are the last two that are longer than 1."""
-    # uint=False: else astropy ignores BLANK in unsigned integers.
-    with unpacked(path) as file, fits.open(file, memmap=False, uint=False) as hdus:
-        chosen = find_hdu(path, hdus, hdu)
+    """Open a FITS file as a `Stack`; image axes: those of the sky, or the last longer than 1."""
+    with unpacked(path) as file:
+        try:
+            # uint=False: else astropy ignores BLANK in unsigned integers.
+            hdus = fits.open(file, memmap=False, uint=False)
+            chosen = find_hdu(path, hdus, hdu)
+            chosen.section[(0,) * len(chosen.shape)]  # what can't be scaled fails here
+        except Exception:
+            require_scaling(path, file)
+            raise
         number = hdus.index_of(chosen)
         if chosen.header.get("BZERO") == 2**63:  # else astropy rounds them to multiples of 1024
             chosen = fits.open(file, memmap=False, uint=True)[number]
         header, shape = chosen.header, chosen.shape
+        numbers = [len(shape) - axis for axis in range(len(shape))]
+        axes = [str(value_of(header, f"CTYPE{n}") or f"NAXIS{n}") for n in numbers]
         long_axes = [axis for axis, length in enumerate(shape) if length > 1]
-        image_axes = long_axes[-2:] if len(long_axes) > 1 else [len(shape) - 2, len(shape) - 1]
+        image_axes = [axis for axis in long_axes if CELESTIAL.match(axes[axis])]
+        if len(image_axes) != 2:
+            image_axes = long_axes[-2:] if len(long_axes) > 1 else [len(shape) - 2, len(shape) - 1]
         others = [axis for axis in range(len(shape)) if axis not in image_axes]
 
         def cut(plane):
@@ -335,22 +358,44 @@ def open_fits(path, hdu):
             position = np.unravel_index(plane, [shape[axis] for axis in others])
             for axis, place in zip(others, position, strict=True):
                 index[axis] = int(place)
-            data = chosen.section[tuple(index)]
+            if image_axes[1] == len(shape) - 1:
+                data = chosen.section[tuple(index)]
+            else:  # astropy would read it a pixel at a time
+                before, after = index[: image_axes[0]], tuple(index[image_axes[0] + 1 :])
+                rows = range(shape[image_axes[0]])
+                data = np.stack([chosen.section[(*before, row)][after] for row in rows])
             if data.dtype == np.uint64 and "BLANK" in header:
                 data = np.where(data == header["BLANK"] + 2**63, np.nan, data)
             return data
 
-        numbers = [len(shape) - axis for axis in range(len(shape))]
+        wcs = celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]])
+        unit = value_of(header, "BUNIT")
         origin = Origin(
             name=f"{path}[{number}]" + (f" {chosen.name}" if chosen.name else ""),
             dtype=fits.BITPIX2DTYPE[header["BITPIX"]],
             hdu=number,
-            wcs=celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]]),
-            unit=str(header["BUNIT"]) if header.get("BUNIT") else None,
+            wcs=wcs,
+            unit=str(unit) if unit else None,
+            beam=beam_area(header, wcs) if "beam" in str(unit).lower() else None,
             product=product_told(str(header.get("HISTORY", ""))),
         )
-        axes = [header.get(f"CTYPE{n}") or f"NAXIS{n}" for n in numbers]
         yield Stack(origin, axes, shape, image_axes, cut)
+
+
+def require_scaling(path, file):
+    """Refuse a FITS file in which what scales the pixels is no number: astropy won't read it."""
+    file.seek(0)
+    for card in iter(partial(file.read, 80), b""):
+        if found := NO_NUMBER.match(card):
+            key, text = found[1].decode(), found[4].decode(errors="replace").strip("' ")
+            raise InputError(f"{path}: {key} can't be read ({text!r}); correct it in the header")
+
+
+def value_of(header, key):
+    """Return the value of a card, None if there is none or it can't be parsed."""
+    with suppress(fits.VerifyError):
+        value = header.get(key)
+        return None if isinstance(value, fits.card.Undefined) else value
 
 
 @contextmanager
@@ -383,10 +428,13 @@ def unpacked(path):
 
 def find_hdu(path, hdus, wanted):
     """Return the image HDU that `wanted` names, or the first one if it is None."""
+    for hdu in hdus:
+        for key in ("EXTNAME", "EXTVER"):  # which astropy reads of all
+            if value_of(hdu.header, key) is None:
+                hdu.header.remove(key, ignore_missing=True)
+        if wanted is None and holds_image(hdu):
+            return hdu
     if wanted is None:
-        for hdu in hdus:
-            if holds_image(hdu):
-                return hdu
         raise InputError(f"{path}: no extension (HDU) holds an image ({describe_hdus(hdus)})")
     name, _, version = wanted.rpartition(",")
     key = (name, int(version)) if name and version.isdecimal() else wanted
@@ -415,45 +463,90 @@ def describe_hdus(hdus):
 def celestial_wcs(path, hdus, header, axes):
     """Return the celestial WCS of the FITS axes numbers `axes`, or None if there is none."""
     try:
-        wcs = WCS(header, hdus)
-        if wcs.naxis > 2:
-            wcs = wcs.sub(axes)
+        wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
         if not wcs.has_celestial:
             return None
+        needed = re.compile(rf"(CRVAL|CRPIX|CDELT|CD|PC|PV)[{axes[0]}{axes[1]}](_\d+)?$")
+        for key in filter(needed.match, header):
+            if not isinstance(value_of(header, key), (int, float)):  # wcslib takes it for absent
+                raise ValueError(f"{key} can't be read")
         # astropy mends a matrix of zeros, as uncalibrated frames have it, to a degree a pixel.
         blank = [header.get(f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
         if blank or not np.linalg.cond(wcs.pixel_scale_matrix) < 1e8:
             raise ValueError("its matrix is singular")
+        if wcs.sip and not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
+            text = "%s: SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
+            log.warning(text, path)
         return wcs
     except Exception as error:
         log.warning("%s: WCS can't be used and is left out (%s)", path, one_line(error))
         return None
 
 
+def without_double_distortion(path, header, axes):
+    """Return a header without the SIP or the PV that, of both, its CTYPE doesn't name."""
+    sip = [key for key in header if re.match(r"[AB]P?_(ORDER|\d+_\d+)$", key)]
+    pv = [key for key in header if re.match(rf"PV[{axes[0]}{axes[1]}]_\d+$", key)]
+    kinds = {str(value_of(header, f"CTYPE{axis}")).strip()[-4:] for axis in axes}
+    if not sip or not (kinds == {"-TPV"} or any(int(key[4:]) > 4 for key in pv)):
+        return header
+    kept, dropped, cards = ("SIP", "PV", pv) if kinds == {"-SIP"} else ("PV", "SIP", sip)
+    log.warning("%s: SIP and PV in its WCS: %s is taken, %s ignored", path, kept, dropped)
+    header = header.copy()
+    for key in cards:
+        header.remove(key)
+    return header
+
+
+def beam_area(header, wcs):
+    """Return the area in pixels of a Gaussian beam of BMAJ x BMIN degrees, None without them."""
+    axes = [value_of(header, key) for key in ("BMAJ", "BMIN")]
+    if wcs is None or not all(isinstance(axis, (int, float)) and axis > 0 for axis in axes):
+        return None
+    return math.pi / (4 * math.log(2)) * math.prod(axes) / proj_plane_pixel_area(wcs)
+
+
 @contextmanager
-def open_tiff(path):
-    """Open the first series of a TIFF file as a `Stack`."""
+def open_tiff(path, hdu):
+    """Open an image (series) of a TIFF file as a `Stack`."""
     with tifffile.TiffFile(path) as tiff:
-        if len(tiff.series) > 1:
-            log.warning("%s: read the first of its %d images", path, len(tiff.series))
-        series = tiff.series[0]
+        images = [image for image in tiff.series if not image.keyframe.is_reduced] or tiff.series
+        last, number = len(images) - 1, hdu or "0"
+        if hdu is None and last > 0:
+            text = "%s: read the first of its %d images; choose another, 0 to %d, with --hdu"
+            log.warning(f"{text} (Extension)", path, last + 1, last)
+        if hdu and not (hdu.isdecimal() and int(hdu) <= last):
+            text = f"no such extension (HDU): {hdu}; this TIFF file has images 0 to {last}"
+            raise InputError(f"{path}: {text}")
+        series = images[int(number)]
         axes, shape, page = series.axes, series.shape, series.keyframe
         image_axes = [axes.index("Y"), axes.index("X")]
         one_page_a_plane = axes.endswith("YX") and len(series.pages) == math.prod(shape[:-2])
 
         def cut(plane):
+            if None in ([series.pages[plane]] if one_page_a_plane else list(series.pages)):
+                names = dict.fromkeys(re.findall(r'FileName="([^"]+)"', tiff.ome_metadata or ""))
+                absent = ", ".join(name for name in names if not path.with_name(name).exists())
+                text = f"plane {plane} is in a file of its OME set that isn't here ({absent})"
+                raise InputError(f"{path}: {text}; choose that file, or another plane")
             if one_page_a_plane and not series.is_truncated:
                 return series.pages[plane].asarray()
             mapped = series.dataoffset is not None
-            stack = tifffile.memmap(path, mode="r") if mapped else series.asarray()
+            at = tiff.series.index(series)
+            stack = tifffile.memmap(path, mode="r", series=at) if mapped else series.asarray()
             planes = np.moveaxis(stack, image_axes, (-2, -1))
             return planes[np.unravel_index(plane, planes.shape[:-2])]
 
-        white = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
+        # ImageJ's are tables of colours to look at intensities with.
+        colours = None if tiff.is_imagej else page.photometric
+        white = colours == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
+        palette = colours == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None
         origin = Origin(
-            name=str(path),
+            name=f"{path}[{int(number)}]" if last else str(path),
             dtype=series.dtype.name,
+            hdu=int(number) if last else None,
             black=(1 << page.bitspersample) - 1 if white else None,
+            palette=palette and bool((np.diff(page.colormap.astype(int)) < 0).any()),
             product=product_told(page.description),
         )
         yield Stack(origin, list(axes), shape, image_axes, cut)
@@ -494,6 +587,13 @@ def read_image(path, hdu=None, plane=None):
             "want to search for sources, choose the original image",
             *(origin.name, origin.product),
         )
+    if origin.palette:
+        raise InputError(
+            f"{origin.name}: its pixels are numbers of colours in a palette, not brightness; "
+            "convert it to grey, or to RGB"
+        )
+    if origin.black is not None:
+        log.warning("%s: 0 is white in this TIFF: inverted, so that more is brighter", origin.name)
     pixels = to_float(stored)
     return origin, pixels if origin.black is None else origin.black - pixels
 
@@ -1270,7 +1370,7 @@ def at_objects(values, objects):
 
 
 class Column(NamedTuple):
-    """A column of the catalogue: the unit may be that of the "image", or of the "measure" one.
+    """A column of the catalogue: the unit may be of the "image" or "measure" one, or of its "sum".
 
     The UCD says what it is in the words of the IVOA.
     """
@@ -1311,8 +1411,8 @@ COLUMNS = (
     Column("cxx", "pixel-2", "src.morph.param", "ellipse coefficient of dx^2"),
     Column("cyy", "pixel-2", "src.morph.param", "ellipse coefficient of dy^2"),
     Column("cxy", "pixel-2", "src.morph.param", "ellipse coefficient of dx dy"),
-    Column("cflux", "image", "phot.flux", "sum of the object's pixels in the filtered image"),
-    Column("flux", "image", "phot.flux", "sum of the object's pixels"),
+    Column("cflux", "image sum", "phot.flux", "sum of the object's pixels in the filtered image"),
+    Column("flux", "image sum", "phot.flux", "sum of the object's pixels"),
     Column("cpeak", "image", "phot.flux;stat.max", "highest pixel in the filtered image"),
     Column("peak", "image", "phot.flux;stat.max", "highest pixel"),
     Column(
@@ -1331,8 +1431,8 @@ COLUMNS = (
     Column(
         "kron_radius", None, "phys.angSize", "Kron radius of the AUTO ellipse in units of a and b"
     ),
-    Column("flux_auto", "measure", "phot.flux", "flux in the Kron ellipse"),
-    Column("fluxerr_auto", "measure", "stat.error;phot.flux", "error of flux_auto"),
+    Column("flux_auto", "measure sum", "phot.flux", "flux in the Kron ellipse"),
+    Column("fluxerr_auto", "measure sum", "stat.error;phot.flux", "error of flux_auto"),
     Column("mag_auto", "mag", "phot.mag", "magnitude of flux_auto"),
     Column("magerr_auto", "mag", "stat.error;phot.mag", "error of mag_auto"),
     Column("snr", None, "stat.snr", "flux_auto / fluxerr_auto"),
@@ -1348,17 +1448,36 @@ COLUMNS = (
 def catalog_columns(diameters, image_unit="image", measure_unit="measure"):
     """Return all columns of the catalogue, with those for the aperture diameters (pixels)."""
     units = {"image": image_unit, "measure": measure_unit}
+    units |= {f"{name} sum": unit_of_sums(unit) for name, unit in units.items()}
     columns = COLUMNS + tuple(
         Column(f"{name}_{aperture(diameter)}", unit, ucd, f"{text}, {diameter:.15g} pixels wide")
         for diameter in diameters
         for name, unit, ucd, text in (
-            ("flux", "measure", "phot.flux", "flux in a circle"),
-            ("fluxerr", "measure", "stat.error;phot.flux", "error of the flux in a circle"),
+            ("flux", "measure sum", "phot.flux", "flux in a circle"),
+            ("fluxerr", "measure sum", "stat.error;phot.flux", "error of the flux in a circle"),
             ("mag", "mag", "phot.mag", "magnitude in a circle"),
             ("magerr", "mag", "stat.error;phot.mag", "error of the magnitude in a circle"),
         )
     )
     return tuple(column._replace(unit=units.get(column.unit, column.unit)) for column in columns)
+
+
+def unit_of_sums(text):
+    """Return the unit of a sum of pixels: another than theirs if that is, legibly, per area."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # As AIPS and CASA spell them.
+            unit = u.Unit(text.replace("JY/BEAM", "Jy/beam").replace("/beam.", " beam-1 "))
+        factors = [base**power for base, power in zip(unit.bases, unit.powers, strict=True)]
+    except (ValueError, AttributeError):
+        return text
+    areas = (u.sr, u.beam, u.pix)
+    if not any(factor.is_equivalent(1 / area) for factor in factors for area in areas):
+        return text
+    with suppress(ValueError):  # not every unit is FITS's
+        return (unit * u.pix).to_string("fits")
+    return (unit * u.pix).to_string()
 
 
 def build_catalog(objects, frame, measurements, wcs, settings):
@@ -1912,7 +2031,7 @@ def build_parser():
     add("--hdu", str, None, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)")
     add("--plane", number(int, 0), None, "plane of a cube or stack, over the flattened other axes")
     add("--mask", Path, None, "mask image, FITS or TIFF, of the same shape")
-    add("--mask-hdu", str, None, "HDU of a FITS mask, as --hdu")
+    add("--mask-hdu", str, None, "HDU of the mask, as --hdu")
     add("--maskthresh", number(float), 0.0, "mask pixels greater than this are masked")
     box = {"nargs": 4, "action": "append", "metavar": ("XMIN", "XMAX", "YMIN", "YMAX")}
     add("--mask-box", number(int, 0), [], "mask 0-based pixels, ends included; repeatable", **box)
@@ -1930,7 +2049,7 @@ def build_parser():
     noises = ("float_globalrms", "array_rms", "none", "file")
     add("--err-option", noises, noises[0], "noise: one number, RMS map, none, or --err-file")
     add("--err-file", Path, None, "noise image for --err-option file")
-    add("--err-hdu", str, None, "HDU of a FITS noise image, as --hdu")
+    add("--err-hdu", str, None, "HDU of the noise image, as --hdu")
     add("--err-type", ("stddev", "variance", "weight"), "stddev", "weight is inverse variance")
     add("--gain", POSITIVE, extraction.gain, "e-/ADU, for Poisson noise in errors")
     add("--minarea", number(int, 1, 2**31 - 1), extraction.minarea, "least pixels of a source")
@@ -1967,7 +2086,7 @@ def build_parser():
     sizes = number(float, maximum=10_000, above=0)
     add("--aperture-diameters", sizes, (), "of circles, pixels", nargs="+", metavar="D")
     add("--measure-image", Path, None, "detect on IMAGE, measure on this aligned image")
-    add("--measure-hdu", str, None, "HDU of a FITS measure image, as --hdu")
+    add("--measure-hdu", str, None, "HDU of the measure image, as --hdu")
     add("--measure-plane", number(int, 0), None, "plane of the measure image, as --plane")
 
     group = parser.add_argument_group("output")
@@ -2082,6 +2201,7 @@ def run(args):
         if measure_pixels is not None:
             with about(measure_origin.name):
                 measure_field = build_measure_field(measure_pixels, mask, method)
+                report_beam(measure_origin)
         measurements = measure(field, measure_field, found, photometry)
         catalog = build_catalog(found.objects, field.frame, measurements, origin.wcs, photometry)
         result = Result(
@@ -2141,6 +2261,13 @@ def report_image(origin, pixels, mask):
     bad = np.count_nonzero(~np.isfinite(pixels[mask]))
     log.info("image         %s: %d x %d %s", origin.name, columns, rows, origin.dtype)
     log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
+    report_beam(origin)
+
+
+def report_beam(origin):
+    """Tell by what to divide sums of pixels that are per beam."""
+    if origin.beam:
+        log.info("beam          %.6g pixels, by which to divide fluxes", origin.beam)
 
 
 def report_field(field):
@@ -2208,7 +2335,7 @@ def start_logging(args):
     log.setLevel(logging.ERROR if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
     logging.raiseExceptions = False  # a reader of stdout may go away
     logging.captureWarnings(True)
-    for library in ("py.warnings", "tifffile"):
+    for library in ("py.warnings", "astropy", "matplotlib", "tifffile"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from common import start
+from contract import one_line
 from source_extractor import InputError, read_image
 
 # What Galaxy calls every file, whatever is in it.
@@ -274,8 +275,11 @@ def test_an_hdu_without_an_image_is_refused_and_the_others_listed(run, extension
     run(extensions, f"--hdu={hdu}").assert_refused(NAME, f"{problem}: {hdu}; {listed}")
 
 
-def test_hdu_of_a_tiff_is_refused(run, put):
-    run(put(tiff_bytes(RAMP.astype(np.uint8))), "--hdu", "SCI").assert_refused(NAME, "TIFF", "SCI")
+@pytest.mark.parametrize("hdu", ["SCI", "1", "0,1"])
+def test_no_such_image_of_a_tiff_is_refused(run, put, hdu):
+    path = put(tiff_bytes(RAMP.astype(np.uint8)))
+    run(path, "--hdu", hdu).assert_refused(NAME, "TIFF", hdu, "images 0 to 0")
+    assert_pixels(path, RAMP % 256, hdu="0")
 
 
 # TIFF
@@ -330,6 +334,60 @@ def test_min_is_white_is_turned_so_that_more_is_brighter(put):
         stored = RAMP.astype(dtype)
         assert_pixels(put(tiff_bytes(stored, photometric="miniswhite")), white - stored.astype(int))
     assert_pixels(put(tiff_bytes(RAMP > 99, photometric="miniswhite")), (RAMP <= 99).astype(int))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2"])
+def test_what_imagej_shows_inverted_is_searched_as_stored(run, tmp_path, stars, dtype):
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, np.round(stars).astype(dtype), imagej=True)
+    set_photometric(path, 0)
+    result = run(path, "--thresh", 5)
+    assert (result.code, result.err) == (0, "")
+    assert len(result.catalog) == 6
+    assert_pixels(path, np.round(stars))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2"])
+def test_an_image_that_is_turned_is_said_to_be(run, tmp_path, stars, dtype):
+    path, stored = tmp_path / "image.tif", np.iinfo(dtype).max - np.round(stars).astype(dtype)
+    tifffile.imwrite(path, stored, photometric="miniswhite")
+    result = run(path, "--thresh", 5)
+    assert re.fullmatch(one_line("warning", ".*0 is white in this TIFF: inverted.*"), result.err)
+    assert len(result.catalog) == 6
+    mask = run(path, "--thresh", 5, "--mask", path, "--maskthresh", 1e6)
+    assert mask.err == result.err
+
+
+def set_photometric(path, value):
+    """Write another PhotometricInterpretation into the first page of a TIFF."""
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags[262].overwrite(value)
+
+
+RAINBOW = np.random.default_rng(1).integers(0, 2**16, (3, 256)).astype(np.uint16)
+GREEN = np.outer([0, 1, 0], np.arange(256) * 257).astype(np.uint16)
+
+
+def test_numbers_of_colours_are_no_image(run, put, write, stars):
+    stored = np.round(stars).astype(np.uint8)
+    rainbow = tiff_bytes(stored, photometric="palette", colormap=RAINBOW)
+    run(put(rainbow)).assert_refused(NAME, "palette", "convert it to grey")
+    image = write(stars)
+    run(image, "--measure-image", put(rainbow)).assert_refused(NAME, "palette")
+    assert run(image, "--mask", put(rainbow), "--maskthresh", 120).code == 0
+
+
+def test_a_palette_that_only_tints_brightness_is_read_as_stored(put, stars):
+    stored = np.round(stars).astype(np.uint8)
+    assert_pixels(put(tiff_bytes(stored, photometric="palette", colormap=GREEN)), stored)
+
+
+def test_imagejs_tables_of_colours_are_read_as_stored(tmp_path, stars):
+    stored, path = np.round(stars).astype(np.uint8), tmp_path / "fire.tif"
+    text = "ImageJ=1.53t\nunit=um\n"
+    keywords = {"photometric": "palette", "colormap": RAINBOW, "metadata": None}
+    tifffile.imwrite(path, stored, description=text, **keywords)
+    assert_pixels(path, stored)
 
 
 def test_stacks_of_pages_are_counted_in_numpys_order(put):
@@ -617,12 +675,152 @@ def data_or_message(path):
         return str(error)
 
 
-def test_a_tiff_of_several_images_gives_the_first_and_says_so(run, tmp_path, stars):
+# Several images in a TIFF
+
+
+@pytest.fixture
+def two(tmp_path, stars):
+    """Return a TIFF of two images of different shapes, both with sources."""
     path = tmp_path / "two.tif"
     with tifffile.TiffWriter(path) as tiff:
         tiff.write(stars)
-        tiff.write(stars[:50, :50])
-    result = run(path)
+        tiff.write(stars[:110, :150] + 7)
+    return path
+
+
+def test_a_tiff_of_several_images_gives_the_first_and_says_how_to_get_others(run, two, stars):
+    result = run(two)
     assert result.code == 0
     assert result.image("segmentation").shape == stars.shape
-    assert "first of its 2 images" in result.err
+    assert "first of its 2 images; choose another, 0 to 1, with --hdu" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_an_image_that_a_tiff_has_not_is_refused(run, two):
+    run(two, "--hdu", 2).assert_refused("two.tif", "images 0 to 1")
+
+
+def test_each_image_of_a_tiff_is_reached_by_its_number(run, two, stars):
+    for number, expected in (("0", stars), ("1", stars[:110, :150] + 7)):
+        assert_pixels(two, expected, hdu=number)
+    result = run(two, "--hdu", 1)
+    assert (result.code, result.err) == (0, "")
+    assert f"{two}[1]: 150 x 110" in result.out
+    assert "hdu = 1" in str(fits.getheader(result.directory / "background.fits")["HISTORY"])
+
+
+@pytest.mark.parametrize("name", ["mask", "err", "measure"])
+def test_masks_and_the_like_are_any_image_of_a_tiff(run, write, two, stars, name):
+    option = {"mask": "--mask", "err": "--err-file", "measure": "--measure-image"}[name]
+    more = {"mask": ["--maskthresh", 1e6], "err": ["--err-option", "file"], "measure": []}[name]
+    image = write(stars[:110, :150])
+    result = run(image, option, two, f"--{name}-hdu", 1, *more)
+    assert result.code == 0
+    assert "first of" not in result.err
+    result = run(image, option, two, f"--{name}-hdu", 0, *more)
+    assert result.code == 1
+    assert "two.tif[0]: its shape" in result.err
+
+
+@pytest.mark.parametrize("where", ["SubIFDs", "pages after it", "a page before it", "stack"])
+def test_reduced_images_are_no_images_of_their_own(run, tmp_path, stars, where):
+    path, planes, half = tmp_path / "pyramid.tif", 1, stars[::2, ::2]
+    reduced = {"subfiletype": 1, "metadata": None}
+    with tifffile.TiffWriter(path) as tiff:
+        if where == "a page before it":
+            tiff.write(half, **reduced)
+        if where == "stack":
+            planes = 3
+            for _ in range(planes):
+                tiff.write(stars, metadata=None, subifds=1)
+                tiff.write(half, **reduced)
+        else:
+            tiff.write(stars, subifds=2 if where == "SubIFDs" else 0, metadata=None)
+        if where in ("SubIFDs", "pages after it"):
+            tiff.write(half, **reduced)
+            tiff.write(half[::2, ::2], **reduced)
+    assert_pixels(path, stars, plane=planes - 1)
+    result = run(path, "--plane", 0)
+    assert (result.code, result.err) == (0, "")
+    assert "images 0 to 0" in run(path, "--plane", 0, "--hdu", 1).err
+
+
+OME = """<?xml version="1.0" encoding="UTF-8"?>
+<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:{}">
+<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16"
+SizeX="24" SizeY="20" SizeC="2" SizeZ="1" SizeT="1"><Channel ID="Channel:0:0"/>
+<Channel ID="Channel:0:1"/>
+<TiffData IFD="0" FirstC="0" PlaneCount="1"><UUID FileName="c0.tif">urn:uuid:0</UUID></TiffData>
+<TiffData IFD="0" FirstC="1" PlaneCount="1"><UUID FileName="c1.tif">urn:uuid:1</UUID></TiffData>
+</Pixels></Image></OME>"""
+
+
+def test_a_plane_in_another_file_of_an_ome_set_is_read_or_named(run, tmp_path):
+    planes = np.stack([RAMP, 2 * RAMP]).astype(np.uint16)
+    for number, plane in enumerate(planes):
+        path = tmp_path / f"c{number}.tif"
+        tifffile.imwrite(path, plane, description=OME.format(number), metadata=None)
+    for plane in (0, 1):
+        assert_pixels(tmp_path / "c0.tif", planes[plane], plane=plane)
+    (tmp_path / "c1.tif").unlink()
+    assert_pixels(tmp_path / "c0.tif", planes[0], plane=0)
+    result = run(tmp_path / "c0.tif", "--plane", 1)
+    result.assert_refused("plane 1 is in a file of its OME set", "(c1.tif)")
+    assert "damaged" not in result.err
+
+
+# Cards that can't be parsed
+
+
+def with_cards(stored, *cards):
+    """Return a FITS file with an empty primary HDU, and an extension with these very cards."""
+    axes = [f"NAXIS{number:<3}= {n:>20}" for number, n in enumerate(stored.shape[::-1], start=1)]
+    lines = [
+        "XTENSION= 'IMAGE   '",
+        *(f"BITPIX  = {8 * stored.itemsize:>20}", f"NAXIS   = {stored.ndim:>20}", *axes),
+        *("PCOUNT  =                    0", "GCOUNT  =                    1", *cards, "END"),
+    ]
+    header = "".join(f"{line:80}" for line in lines).encode()
+    pixels = stored.astype(stored.dtype.newbyteorder(">")).tobytes()
+    return hdus_bytes() + in_blocks(header, b" ") + in_blocks(pixels, b"\0")
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        *("EXTNAME = SCI", "EXTNAME = nan", "EXTNAME = 'SCI", "EXTVER  = 1,5", "CTYPE1  = nan"),
+        *("CTYPE3  = nan", "BUNIT   = Jy beam-1", "BUNIT   =", "BMAJ    = 0,5", "BLANK   ="),
+        *("DATE-OBS= 2020-01-01", "OBJECT  = M 31, really"),
+    ],
+)
+def test_a_card_that_is_not_needed_may_be_anything(run, put, card):
+    cube = np.stack([RAMP, RAMP + 1]).astype(np.int16)
+    another = hdus_bytes(fits.ImageHDU(RAMP, name="B"))[2880:]
+    path = put(with_cards(cube, card) + another)
+    assert_pixels(path, RAMP + 1, plane=1)
+    assert_pixels(path, RAMP + 1, hdu="1", plane=1)
+    assert_pixels(path, RAMP, hdu="B")
+    run(path).assert_refused("2 planes in axes (", "NAXIS1=24" if "CTYPE1" in card else "=24")
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int64])
+@pytest.mark.parametrize(
+    ("card", "value"),
+    [
+        ("BSCALE  = 0,5", "'0,5'"),
+        ("BSCALE  = '0,5'", "'0,5'"),
+        ("BSCALE  = 0,5 / counts", "'0,5'"),
+        ("BSCALE  =", "''"),
+        ("BZERO   = 32 768", "'32 768'"),
+        ("BZERO   = nan", "'nan'"),
+        ("BLANK   = -32.768,0", "'-32.768,0'"),
+    ],
+)
+def test_a_card_that_scales_pixels_and_cannot_be_read_is_named(run, put, card, value, dtype):
+    result = run(put(with_cards(RAMP.astype(dtype), card)))
+    result.assert_refused(f"{NAME}: {card[:6].strip()} can't be read ({value}); correct")
+    assert "damaged" not in result.err
+
+
+def test_what_compress_packed_is_told_the_cure(run, put):
+    run(put(b"\x1f\x9d\x90" + bytes(100))).assert_refused(NAME, "compress (.Z)", "gzip -d")

@@ -1,6 +1,9 @@
 """Sky positions, against astropy's own WCS and coordinate frames."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,8 +13,8 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from numpy.testing import assert_allclose
 
-from common import rows_at
-from contract import one_line
+from common import SCRIPT, rows_at, start
+from contract import FIVE, one_line
 from headers import (
     ALL_SKY,
     ECLIPTIC,
@@ -19,11 +22,13 @@ from headers import (
     NO_ICRS,
     NO_WCS,
     RADIO,
+    SIP,
     SKIES,
     cards,
     celestial_wcs,
     distorted,
 )
+from source_extractor import read_image
 
 
 def true_sky(path, catalog, frame):
@@ -82,6 +87,156 @@ def test_a_radio_image_of_four_axes_has_positions(run, write, stars):
     path = write(stars[np.newaxis, np.newaxis], **RADIO)
     catalog = run(path, "--thresh", 5).catalog
     assert_on_sky(catalog, true_sky(path, catalog, J2000))
+
+
+VELOCITY = {"CTYPE": "VELO-LSR", "CUNIT": "m/s", "CRVAL": 3e4, "CRPIX": 2.0, "CDELT": 1300.0}
+STOKES = {"CTYPE": "STOKES", "CRVAL": 1.0, "CRPIX": 1.0, "CDELT": 1.0}
+RA = {"CTYPE": "RA---SIN", "CUNIT": "deg", "CRVAL": 83.6, "CRPIX": 70.5, "CDELT": -1e-3}
+DEC = {"CTYPE": "DEC--SIN", "CUNIT": "deg", "CRVAL": 22.0, "CRPIX": 50.5, "CDELT": 1e-3}
+LENGTHS = {"RA---SIN": 160, "DEC--SIN": 120, "VELO-LSR": 3, "STOKES": 2}
+
+
+@pytest.mark.filterwarnings("ignore::astropy.wcs.FITSFixedWarning")
+@pytest.mark.parametrize(
+    "order",
+    [
+        *([RA, DEC, VELOCITY], [VELOCITY, RA, DEC], [RA, VELOCITY, DEC]),
+        *([DEC, RA, VELOCITY], [VELOCITY, DEC, RA], [DEC, VELOCITY, RA]),
+        *([VELOCITY, RA, STOKES, DEC], [STOKES, VELOCITY, RA, DEC], [RA, STOKES, DEC, VELOCITY]),
+    ],
+    ids=lambda order: "-".join(axis["CTYPE"][:2] for axis in order),
+)
+def test_the_plane_of_a_cube_is_that_of_the_sky_in_any_order_of_axes(
+    run, write, tmp_path, stars, order
+):
+    header = fits.Header({f"{k}{n}": v for n, axis in enumerate(order, 1) for k, v in axis.items()})
+    names = [axis["CTYPE"] for axis in order[::-1]]
+    ra_first = names.index("DEC--SIN") < names.index("RA---SIN")
+    image = stars if ra_first else np.ascontiguousarray(stars.T)
+    others = [LENGTHS[name] for name in names if name in ("VELO-LSR", "STOKES")]
+    where = np.unravel_index(1, others)
+    cube = np.zeros((*others, *image.shape), np.float32)
+    cube[where] = image
+    sky = sorted([names.index("RA---SIN"), names.index("DEC--SIN")])
+    cube = np.ascontiguousarray(np.moveaxis(cube, (-2, -1), sky))
+    fits.writeto(tmp_path / "cube.fits", cube, header)
+    result = run(tmp_path / "cube.fits", "--plane", 1, "--thresh", 5)
+    assert (result.code, result.err) == (0, "")
+    found, labels = result.catalog, result.image("segmentation")
+    # Where the whole WCS puts the pixel of that plane.
+    pixel = [None] * len(names)
+    for axis, at in zip((a for a in range(len(names)) if a not in sky), where, strict=True):
+        pixel[axis] = np.full(len(found), at)
+    pixel[sky[0]], pixel[sky[1]] = found["y"].to_numpy(), found["x"].to_numpy()
+    whole = WCS(header)
+    world = whole.all_pix2world(*pixel[::-1], 0)
+    lon, lat = (world[axis] * u.deg for axis in (whole.wcs.lng, whole.wcs.lat))
+    assert_on_sky(found, SkyCoord(lon, lat))
+    product = WCS(fits.getheader(result.directory / "segmentation.fits"))
+    assert_on_sky(found, product.pixel_to_world(*found[["x", "y"]].to_numpy().T).icrs)
+    alone = run(write(image, "plane.fits"), "--thresh", 5)  # in place of the products above
+    assert_allclose(found[["x", "y", "flux_auto"]], alone.catalog[["x", "y", "flux_auto"]])
+    assert np.array_equal(labels, alone.image("segmentation"))
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint64])
+def test_a_compressed_cube_is_cut_alike(tmp_path, dtype):
+    header = fits.Header({"CTYPE1": "VELO", "CTYPE2": "RA---TAN", "CTYPE3": "DEC--TAN"})
+    cube = np.arange(20 * 24 * 5).reshape(20, 24, 5).astype(dtype)
+    packed = fits.CompImageHDU(cube, header, compression_type="GZIP_2", tile_shape=(4, 6, 5))
+    packed.writeto(tmp_path / "cube.fits")
+    _, pixels = read_image(tmp_path / "cube.fits", plane=3)
+    assert np.array_equal(pixels, cube[:, :, 3])
+
+
+def test_a_spectrum_along_a_slit_is_a_plane_as_it_is_stored(run, write, stars):
+    axes = {"CTYPE1": "WAVE", "CTYPE2": "RA---TAN", "CTYPE3": "DEC--TAN", "CDELT2": 0.1}
+    result = run(write(stars[np.newaxis], **axes), "--thresh", 5)
+    assert result.image("segmentation").shape == stars.shape
+    assert len(result.catalog) == 6
+    assert result.catalog[["ra", "dec"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("third", [{}, {"CTYPE3": "RGB"}, {"CTYPE3": "FREQ", "CRVAL3": 1e9}])
+@pytest.mark.parametrize("kind", ["SIP", "SIP with its inverse"])
+def test_planes_of_a_distorted_cube_have_the_positions_of_the_image(run, write, stars, third, kind):
+    header, frame = SKIES[kind]
+    flat = write(stars, "flat.fits", **header)
+    result = run(write(np.stack([stars] * 3), **header, **third), "--plane", 2, "--thresh", 5)
+    assert (result.code, result.err) == (0, "")
+    assert_on_sky(result.catalog, true_sky(flat, result.catalog, frame))
+    product = result.directory / "background.fits"
+    assert_on_sky(result.catalog, true_sky(product, result.catalog, frame))
+
+
+SCAMP = {f"PV{i}_{j}": 1e-2 / (i + j) for i in (1, 2) for j in (0, 4, 5, 6)} | {
+    **{"PV1_1": 1.01, "PV2_1": 0.99}
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "cards_", "told"),
+    [
+        ("TAN-SIP", SIP | SCAMP, "SIP is taken, PV ignored"),
+        ("TPV", SIP | SCAMP, "PV is taken, SIP ignored"),
+        ("TAN", SIP | SCAMP, "PV is taken, SIP ignored"),
+        ("TAN", SIP, "SIP is applied, though CTYPE lacks -SIP"),
+    ],
+)
+@pytest.mark.parametrize("planes", [(), (1,), (2,)], ids=["image", "one plane", "cube"])
+def test_odd_distortions_cost_one_line_and_no_position(
+    run, write, stars, kind, cards_, told, planes
+):
+    header = cards(f"RA---{kind}", f"DEC--{kind}", **cards_)
+    flat = write(stars, "flat.fits", **header)
+    path = write(np.broadcast_to(stars, planes + stars.shape), **header)
+    result = run(path, "--thresh", 5, "--plane", 0)
+    assert re.fullmatch(one_line("warning", f".*{told}.*"), result.err)
+    labels = {line.split()[0] for line in result.out.splitlines()}
+    reports = {"image", "masked", "background", "threshold", "sources"}
+    assert labels == reports | {"rms", "segmentation", "overlay", "catalog"}
+    assert_on_sky(result.catalog, true_sky(flat, result.catalog, ICRS()))
+    product = result.directory / "background.fits"
+    assert_on_sky(result.catalog, true_sky(product, result.catalog, ICRS()))
+
+
+# What the libraries log of this header is more than a pipe holds that nobody reads.
+TALKATIVE = cards(**SIP)
+
+
+def test_libraries_write_nothing_to_stdout(write, stars, tmp_path):
+    result = start(write(stars, **TALKATIVE), "-q", "-o", tmp_path / "products")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("options", [[], ["-q"]])
+def test_a_reader_of_stdout_that_goes_away_costs_neither_products_nor_positions(
+    write, stars, tmp_path, options
+):
+    path, products = write(stars, **TALKATIVE), tmp_path / "products"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, SCRIPT, path, *options, "-o", products]
+    result = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert "can't be used" not in result.stderr
+    assert {file.name for file in products.iterdir()} == FIVE
+    assert "CTYPE1" in fits.getheader(products / "background.fits")
+
+
+@pytest.mark.parametrize("key", ["CRVAL1", "CRPIX2", "CD1_2"])
+@pytest.mark.parametrize("value", ["1,5", "'1.5'", "nan"])
+def test_a_card_of_the_wcs_that_cannot_be_read_is_named(run, tmp_path, stars, key, value):
+    path = tmp_path / "image.fits"
+    fits.writeto(path, stars, fits.Header(cards()))
+    content = path.read_bytes()
+    start = content.index(f"{key:8}=".encode())
+    path.write_bytes(
+        content[:start] + f"{key:8}= {value}".ljust(80).encode() + content[start + 80 :]
+    )
+    result = run(path, "--thresh", 5)
+    assert re.fullmatch(one_line("warning", f".*WCS.*{key} can't be read.*"), result.err)
+    assert result.catalog[["ra", "dec"]].isna().all(axis=None)
 
 
 def test_ecliptic_coordinates_are_not_taken_for_equatorial(run, write, stars):
