@@ -417,7 +417,7 @@ def saturation_told(header):
     """Return a header's SATURATE, or nan if it is none, or no level that a pixel can reach."""
     with suppress(Exception):  # astropy raises many kinds for a card that is damaged
         level = header["SATURATE"]
-        if isinstance(level, int | float) and 0 < level < LARGEST:
+        if type(level) in (int, float) and 0 < level < LARGEST:
             return float(level)
     return math.nan
 
@@ -741,6 +741,8 @@ def bridge(image, noise, excluded, rms, widest):
         gaps = np.hstack([find_gaps(mask, widest, stride) for stride in (1, nx)])
         if crossing:  # its ends are gaps themselves, and go on
             gaps = gaps[:, excluded.reshape(-1)[gaps[3:]].all(axis=0)]
+        if not gaps.size:
+            break
         flat[gaps[0]] = False
         rounds.append(gaps)
     for gaps in rounds:
@@ -1965,7 +1967,7 @@ EXAMPLES = f"""examples:
   only what is beyond doubt, with a bright star masked:
     {PROG} image.fits --thresh 5 --mask-box 40 140 215 300 -o sure
   one extension of several, another of them as its mask:
-    {PROG} hst.fits --hdu SCI --mask hst.fits --mask-hdu DQ -o hst
+    {PROG} hst.fits --hdu SCI --mask hst.fits --mask-hdu DQ --mask-bits 256 -o hst
   colours: detect in one band, measure in another:
     {PROG} r.fits --measure-image g.fits --aperture-diameters 6 10 -o g
   nuclei in a microscope image, their labels as TIFF:
@@ -2253,7 +2255,7 @@ def report_image(origin, pixels, mask):
     bad = np.count_nonzero(~np.isfinite(pixels[mask]))
     log.info("image         %s: %d x %d %s", origin.name, columns, rows, origin.dtype)
     log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
-    warn_of_padding(pixels, mask)
+    warn_of_padding(origin, pixels, mask)
 
 
 # Side of the blocks (pixels), and the part of an image, that hold one value if it is padding.
@@ -2261,7 +2263,7 @@ PADDED_BLOCK = 32
 MUCH_PADDED = 0.02
 
 
-def warn_of_padding(pixels, mask):
+def warn_of_padding(origin, pixels, mask):
     """Tell if whole blocks hold one value that is common at the border and rare in most others.
 
     In an image of counts, or without noise, it is common in the others as well.
@@ -2275,10 +2277,11 @@ def warn_of_padding(pixels, mask):
     padded = ((pixels == value) & ~mask)[: ny * PADDED_BLOCK, : nx * PADDED_BLOCK]
     part = padded.reshape(ny, PADDED_BLOCK, nx, PADDED_BLOCK).mean(axis=(1, 3))
     if (part == 1).mean() > MUCH_PADDED and 2 * (part < 0.1).sum() > (part < 1).sum():
+        stored = value if origin.black is None else origin.black - value
         log.warning(
-            "at least %.0f %% of the image, in whole blocks, is exactly %.9g: name it as a blank "
-            "value if it is padding (--blank %.9g)",
-            *(100 * (part == 1).mean(), value, value),
+            "at least %.0f %% of the image, in whole blocks, is exactly %s; if that is padding, name "
+            "it as a blank value (--blank %s)",
+            *(100 * (part == 1).mean(), stored, stored),
         )
 
 
