@@ -2268,6 +2268,8 @@ def warn_of_padding(origin, pixels, mask):
 
     In an image of counts, or without noise, it is common in the others as well.
     """
+    if min(pixels.shape) < PADDED_BLOCK:
+        return
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     values, counts = np.unique(border, return_counts=True)
     value = values[counts.argmax()]
@@ -2279,7 +2281,7 @@ def warn_of_padding(origin, pixels, mask):
     if (part == 1).mean() > MUCH_PADDED and 2 * (part < 0.1).sum() > (part < 1).sum():
         stored = value if origin.black is None else origin.black - value
         log.warning(
-            "at least %.0f %% of the image, in whole blocks, is exactly %s; if that is padding, name "
+            "at least %.0f %% of the image, in whole blocks, is exactly %s: if it is padding, name "
             "it as a blank value (--blank %s)",
             *(100 * (part == 1).mean(), stored, stored),
         )
