@@ -147,6 +147,7 @@ class Method:
     background_passes: int
     background: BackgroundSettings
     extraction: ExtractionSettings
+    bridge: int = 3
 
     def within(self, frame):
         """Return the method with everything that has the image's unit brought into the frame."""
@@ -216,6 +217,8 @@ class Origin:
         Whether pixels are numbers of colours.
     product : str or None
         Which of this tool's own products the file says it is.
+    saturation : float
+        The header's SATURATE; nan without one that can be a level.
     """
 
     name: str
@@ -227,6 +230,7 @@ class Origin:
     black: int | None = None
     palette: bool = False
     product: str | None = None
+    saturation: float = math.nan
 
 
 class Stack(NamedTuple):
@@ -378,6 +382,7 @@ def open_fits(path, hdu):
             unit=str(unit) if unit else None,
             beam=beam_area(header, wcs) if "beam" in str(unit).lower() else None,
             product=product_told(str(header.get("HISTORY", ""))),
+            saturation=saturation_told(header),
         )
         yield Stack(origin, axes, shape, image_axes, cut)
 
@@ -458,6 +463,15 @@ def describe_hdus(hdus):
         + (" x ".join(map(str, reversed(hdu.shape))) or "empty" if hdu.is_image else "table")
         for index, hdu in enumerate(hdus)
     )
+
+
+def saturation_told(header):
+    """Return a header's SATURATE, or nan if it is none, or no level that a pixel can reach."""
+    with suppress(Exception):  # astropy raises many kinds for a card that is damaged
+        level = header["SATURATE"]
+        if type(level) in (int, float) and 0 < level < LARGEST:
+            return float(level)
+    return math.nan
 
 
 def celestial_wcs(path, hdus, header, axes):
@@ -570,8 +584,10 @@ def to_float(data):
 
 
 @timed
-def read_image(path, hdu=None, plane=None):
+def read_image(path, hdu=None, plane=None, blank=()):
     """Read the plane to work on; parameters and errors as in `read_plane`.
+
+    Pixels that are stored as one of the values `blank` have no value.
 
     Returns
     -------
@@ -595,6 +611,8 @@ def read_image(path, hdu=None, plane=None):
     if origin.black is not None:
         log.warning("%s: 0 is white in this TIFF: inverted, so that more is brighter", origin.name)
     pixels = to_float(stored)
+    if blank:
+        pixels[np.isin(pixels, np.array(blank, pixels.dtype))] = np.nan
     return origin, pixels if origin.black is None else origin.black - pixels
 
 
@@ -615,9 +633,23 @@ def require_shape(origin, pixels, shape):
 
 
 @timed
-def read_mask(path, hdu, plane, maskthresh, shape):
-    """Read a mask, True where its value exceeds `maskthresh` or is NaN; shape (ny, nx)."""
-    return ~(read_aligned(path, hdu, plane, shape) <= maskthresh)
+def read_mask(path, hdu, plane, maskthresh, bits, shape):
+    """Read a mask, True where it has any of the `bits`, or exceeds `maskthresh` if they are None.
+
+    It is also True where the mask is NaN; shape (ny, nx).
+    """
+    origin, stored = read_plane(path, hdu, plane, lone_serves_all=True)
+    require_shape(origin, stored, shape)
+    if bits is None:
+        return ~(stored <= maskthresh)
+    if np.dtype(origin.dtype).kind == "f":
+        raise InputError(
+            f"{origin.name}: its pixels are {origin.dtype}, and only whole numbers have bits "
+            "(--mask-bits); take a threshold (--maskthresh), or the quality image"
+        )
+    with np.errstate(invalid="ignore"):
+        whole = stored.astype(np.int64).view(np.uint64)
+    return ((whole & np.bitwise_or.reduce(np.array(bits, np.uint64))) != 0) | ~np.isfinite(stored)
 
 
 @timed
@@ -651,13 +683,13 @@ def read_noise(path, hdu, plane, kind, shape):
     return noise
 
 
-def read_measure_image(path, hdu, plane, origin, shape):
+def read_measure_image(path, hdu, plane, blank, origin, shape):
     """Read the measure image, on which the sources of the other one are measured.
 
     It must have the shape (ny, nx) of the image from `origin`, and should have its WCS; parameters,
     returns and errors else as in `read_image`.
     """
-    measure_origin, pixels = read_image(path, hdu, plane)
+    measure_origin, pixels = read_image(path, hdu, plane, blank)
     require_shape(measure_origin, pixels, shape)
     if origin.wcs and measure_origin.wcs:
         offset = wcs_offset(origin.wcs, measure_origin.wcs, shape)
@@ -794,6 +826,85 @@ def build_mask(pixels, mask, noise, boxes):
     return excluded
 
 
+# Beside a pixel this many times the noise above the background, a gap takes the Gaussian of a star,
+# but of none whose FWHM (pixels) is less than this.
+BRIGHT = 3.0
+SHARPEST = 2.5
+
+
+def bridge(image, noise, excluded, rms, widest):
+    """Interpolate an image and its noise over narrow gaps, in place; return what stays excluded.
+
+    A gap is a run of up to `widest` excluded pixels along a row or a column, with good ones at both
+    ends; a pixel in two gaps takes the shorter, or the mean of equal ones. A second round takes
+    what is left where gaps cross. What touches a wider mask stays as it is. The image (ny, nx) is
+    without its background, `rms` its noise; `noise` may be a number, which needs no bridge.
+    """
+    if not widest or not excluded.any():
+        return excluded
+    mask, (ny, nx) = excluded.copy(), excluded.shape
+    flat, rounds = mask.reshape(-1), []
+    for crossing in (False, True):
+        gaps = np.hstack([find_gaps(mask, widest, stride) for stride in (1, nx)])
+        if crossing:  # its ends are gaps themselves, and go on
+            gaps = gaps[:, excluded.reshape(-1)[gaps[3:]].all(axis=0)]
+        if not gaps.size:
+            break
+        flat[gaps[0]] = False
+        rounds.append(gaps)
+    for gaps in rounds:
+        y, x = np.divmod(gaps[0], nx)
+        beside = np.clip([y - 1, y + 1, y, y], 0, ny - 1), np.clip([x, x, x - 1, x + 1], 0, nx - 1)
+        wide = mask[beside].any(axis=0) | flat[gaps[3:]].any(axis=0)
+        flat[gaps[0, wide]] = True
+        gaps = gaps[:, ~wide]
+        flat[gaps[0]] = False
+        at, index = np.unique(gaps[0], return_inverse=True)
+        weight = 1e-3 ** gaps[2]
+        for plane, spread in ((image, rms), (noise, math.inf)):
+            if np.ndim(plane):
+                values = weight * interpolate(plane.reshape(-1)[gaps[3:]], *gaps[1:3], spread)
+                plane.reshape(-1)[at] = np.bincount(index, values) / np.bincount(index, weight)
+    return mask
+
+
+def find_gaps(mask, widest, stride):
+    """Find runs of up to `widest` masked pixels along rows (stride 1) or columns (stride nx).
+
+    The rows of the result, with a column a pixel: its flat index; its place in the run, from 1; the
+    distance between the good pixels at both ends; the flat indices of two good ones at each end.
+    """
+    flat, nx = mask.reshape(-1), mask.shape[1]
+    line = np.floor_divide if stride == 1 else np.remainder
+    edges = np.flatnonzero(flat[stride:] != flat[:-stride])
+    edges = edges[np.argsort(line(edges, nx), kind="stable")]
+    left, last, right = edges[:-1], edges[1:], edges[1:] + stride
+    distance = (right - left) // stride
+    narrow = flat[last] & (distance <= widest + 1) & (line(left, nx) == line(right, nx))
+    run, step = np.nonzero(np.arange(1, widest + 1) < distance[narrow, np.newaxis])
+    left, right, distance = left[narrow][run], right[narrow][run], distance[narrow][run]
+    beyond = np.clip([left - stride, right + stride], 0, flat.size - 1)
+    before, after = np.where(flat[beyond], [left, right], beyond)
+    return np.array([left + (step + 1) * stride, step + 1, distance, before, left, right, after])
+
+
+def interpolate(ends, step, distance, rms):
+    """Return values `step` pixels into gaps, from two before and two after them, shape (4, n).
+
+    They lie on a straight line, or, beside a bright pixel, on a Gaussian: what is below the noise
+    counts as if it were at it.
+    """
+    part = step / distance
+    line = ends[1] + (ends[2] - ends[1]) * part
+    bright = (ends[1:3] > BRIGHT * rms).any(axis=0)
+    before, left, right, after = np.log(np.maximum(ends[:, bright], rms or 1e-30))
+    part, step, distance = part[bright], step[bright], distance[bright]
+    bend = (left + right - before - after) / (2 * (distance + 1))
+    bend = np.minimum(bend, 4 * math.log(2) / SHARPEST**2)
+    line[bright] = np.exp(left + (right - left) * part + bend * step * (distance - step))
+    return line
+
+
 def usable(noise):
     """Tell where standard deviations are finite and positive."""
     return (noise > 0) & np.isfinite(noise)
@@ -869,8 +980,12 @@ class Field:
     Attributes
     ----------
     residual : ndarray, shape (ny, nx)
+    excluded : ndarray of bool, shape (ny, nx)
+        Where there is no value to use, or no noise.
     mask : ndarray of bool, shape (ny, nx)
-        True also where there is no usable noise.
+        The same without the gaps that are bridged, where the residual is interpolated.
+    saturated : tuple of ndarray of int
+        Rows and columns of the saturated pixels.
     noise : float or ndarray of shape (ny, nx)
         Standard deviations to detect and to measure against.
     background : sep.Background
@@ -880,7 +995,9 @@ class Field:
     """
 
     residual: np.ndarray
+    excluded: np.ndarray
     mask: np.ndarray
+    saturated: tuple[np.ndarray, ...]
     noise: float | np.ndarray
     background: sep.Background
     method: Method
@@ -902,8 +1019,8 @@ class Field:
 
 
 @timed
-def build_field(pixels, mask, noise, method):
-    """Estimate the background of an image and take it off.
+def build_field(pixels, mask, noise, method, saturation=math.nan):
+    """Estimate the background of an image, take it off, and bridge narrow gaps in what is left.
 
     Parameters
     ----------
@@ -913,6 +1030,8 @@ def build_field(pixels, mask, noise, method):
     noise : ndarray, shape (ny, nx), or None
         Noise image for the method's `err_option` "file".
     method : Method
+    saturation : float
+        Level of saturated pixels, in image values; nan if there is none.
 
     Returns
     -------
@@ -923,6 +1042,7 @@ def build_field(pixels, mask, noise, method):
     InputError
         If too little of the image is unmasked.
     """
+    saturated = np.nonzero(pixels >= saturation)
     frame = Frame.of(pixels, mask)
     frame.enter(pixels)
     if not -LARGEST < pixels.min() <= pixels.max() < LARGEST:
@@ -932,8 +1052,10 @@ def build_field(pixels, mask, noise, method):
         noise = noise / frame.scale
 
     def field_of(residual, background):
-        settled = settle_noise(mask, noise, background, method)
-        return Field(residual, *settled, background, method, frame)
+        excluded, settled = settle_noise(mask, noise, background, method)
+        rms = global_rms(background)
+        unbridged = bridge(residual, settled, excluded, rms, method.bridge)
+        return Field(residual, excluded, unbridged, saturated, settled, background, method, frame)
 
     background = estimate_background(pixels, mask, method.background)
     if background is None:
@@ -948,12 +1070,13 @@ def build_field(pixels, mask, noise, method):
     return field_of(pixels, background)
 
 
-def build_measure_field(pixels, mask, method):
+def build_measure_field(pixels, mask, method, saturation):
     """Return the `Field` of the measure image, under the mask of the other one.
 
     The pixels become its residual, in place.
     """
-    return build_field(pixels, build_mask(pixels, mask, None, []), None, method.for_measuring())
+    mask = build_mask(pixels, mask, None, [])
+    return build_field(pixels, mask, None, method.for_measuring(), saturation)
 
 
 def too_large(pixels):
@@ -1053,6 +1176,10 @@ PIXEL_STACK = 300_000
 SUB_OBJECTS = 1024
 MAX_SUB_OBJECTS = 32767
 
+# What `flag` says beside SEP's own bits; the first is SExtractor's.
+SATURATED = 4
+BRIDGED = 256
+
 
 class Detections(NamedTuple):
     """SEP's 30 fields an object, and the map (ny, nx) that labels it index + 1."""
@@ -1101,6 +1228,19 @@ def find_sources(field):
                 return Detections(*sep.extract(residual, mask=mask, **keywords))
             except Exception as error:  # SEP raises nothing narrower
                 grow_limits(error, residual.size)
+
+
+def flag_pixels(objects, segmentation, where, bit):
+    """Set a bit of the flag, in place, of the objects that have a pixel at `where`, an index."""
+    labels = np.unique(segmentation[where])
+    objects["flag"][labels[labels > 0] - 1] |= bit
+
+
+def flag_fields(found, *fields):
+    """Flag the objects, in place, with saturated or bridged pixels in any of the fields."""
+    for field in fields:
+        flag_pixels(*found, field.saturated, SATURATED)
+        flag_pixels(*found, field.excluded > field.mask, BRIDGED)
 
 
 @contextmanager
@@ -1754,10 +1894,10 @@ VEIL = LinearSegmentedColormap.from_list("veil", [(0.1, 0.3, 1, 0), (0.1, 0.3, 1
 def show_sources(axes, result):
     """Show the background-subtracted image in grey, with a red ellipse of 6a x 6b a source.
 
-    Masked pixels are under a blue veil.
+    Masked pixels are under a blue veil, and so are bridged ones, which were not measured.
     """
     field, catalog = result.field, result.catalog
-    picture, masked = shrink(field.residual, block_means), shrink(field.mask, block_means)
+    picture, masked = shrink(field.residual, block_means), shrink(field.excluded, block_means)
     # The scale of greys would overflow beyond.
     picture = np.clip(field.frame.differences(picture), -1e300, 1e300)
     open_sky = masked <= np.median(masked[masked < 1])
@@ -1991,7 +2131,7 @@ EXAMPLES = """examples:
   only what is beyond doubt, with a bright star masked:
     source_extractor image.fits --thresh 5 --mask-box 40 140 215 300 -o sure
   one extension of several, another of them as its mask:
-    source_extractor hst.fits --hdu SCI --mask hst.fits --mask-hdu DQ -o hst
+    source_extractor hst.fits --hdu SCI --mask hst.fits --mask-hdu DQ --mask-bits 256 -o hst
   colours: detect in one band, measure in another:
     source_extractor r.fits --measure-image g.fits --aperture-diameters 6 10 -o g
   nuclei in a microscope image, their labels as TIFF:
@@ -2027,14 +2167,28 @@ def build_parser():
     parser.add_argument("image", metavar="IMAGE", type=Path, help="FITS or TIFF image")
     mesh, extraction = BackgroundSettings, ExtractionSettings
 
-    add = partial(add_option, parser.add_argument_group("input"))
+    group = parser.add_argument_group("input")
+    add = partial(add_option, group)
     add("--hdu", str, None, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)")
     add("--plane", number(int, 0), None, "plane of a cube or stack, over the flattened other axes")
     add("--mask", Path, None, "mask image, FITS or TIFF, of the same shape")
     add("--mask-hdu", str, None, "HDU of the mask, as --hdu")
-    add("--maskthresh", number(float), 0.0, "mask pixels greater than this are masked")
+    either = partial(add_option, group.add_mutually_exclusive_group())
+    either("--maskthresh", number(float), 0.0, "mask pixels greater than this are masked")
+    bits = {"nargs": "+", "metavar": "BIT"}
+    text = "or: mask pixels with any of these bits are masked, such as 1 2 1024, or their sum"
+    either("--mask-bits", number(int, 1, 2**64 - 1), None, text, **bits)
     box = {"nargs": 4, "action": "append", "metavar": ("XMIN", "XMAX", "YMIN", "YMAX")}
     add("--mask-box", number(int, 0), [], "mask 0-based pixels, ends included; repeatable", **box)
+    values = {"nargs": "+", "metavar": "VALUE"}
+    add(
+        "--blank",
+        number(float),
+        [],
+        "values of pixels without data, such as 0 in a mosaic",
+        **values,
+    )
+    add("--bridge", number(int, 0, 5), 3, "interpolate over masks this narrow, pixels; 0: none")
 
     add = partial(add_option, parser.add_argument_group("background"))
     add("--bw", number(int, 8), mesh.bw, "width of the boxes, pixels")
@@ -2052,6 +2206,7 @@ def build_parser():
     add("--err-hdu", str, None, "HDU of the noise image, as --hdu")
     add("--err-type", ("stddev", "variance", "weight"), "stddev", "weight is inverse variance")
     add("--gain", POSITIVE, extraction.gain, "e-/ADU, for Poisson noise in errors")
+    add("--saturation", number(float), None, "level of saturated pixels (default: SATURATE)")
     add("--minarea", number(int, 1, 2**31 - 1), extraction.minarea, "least pixels of a source")
 
     add = partial(add_option, parser.add_argument_group("filter"))
@@ -2128,6 +2283,7 @@ def check_usage(args):
     """Return what is wrong with a combination of options, or None."""
     for name, needed in (
         ("mask_hdu", "mask"),
+        ("mask_bits", "mask"),
         ("err_hdu", "err_file"),
         ("measure_hdu", "measure_image"),
         ("measure_plane", "measure_image"),
@@ -2182,26 +2338,28 @@ def product_paths(args):
 def run(args):
     """Do the whole work, from the image to its products."""
     method, photometry = choose_method(args), settings_from(args, PhotometrySettings)
-    origin, pixels = read_image(args.image, args.hdu, args.plane)
+    origin, pixels = read_image(args.image, args.hdu, args.plane, args.blank)
     mask, noise = read_mask_and_noise(args, pixels.shape)
     measure_origin, measure_pixels = origin, None
     if args.measure_image:
-        measure_origin, measure_pixels = read_measure_image(
-            args.measure_image, args.measure_hdu, args.measure_plane, origin, pixels.shape
-        )
+        chosen = args.measure_image, args.measure_hdu, args.measure_plane, args.blank
+        measure_origin, measure_pixels = read_measure_image(*chosen, origin, pixels.shape)
     targets = product_paths(args)
     with staged(targets) as paths:  # first, so that a place that can't be written fails at once
         with about(origin.name):
             mask = build_mask(pixels, mask, noise, args.mask_box)
             report_image(origin, pixels, mask)
-            field = measure_field = build_field(pixels, mask, noise, method)
+            level = saturation_level(args, origin)
+            field = measure_field = build_field(pixels, mask, noise, method, level)
             report_field(field)
             found = find_sources(field)
             report_detections(field, found)
         if measure_pixels is not None:
             with about(measure_origin.name):
-                measure_field = build_measure_field(measure_pixels, mask, method)
                 report_beam(measure_origin)
+                level = saturation_level(args, measure_origin)
+                measure_field = build_measure_field(measure_pixels, mask, method, level)
+        flag_fields(found, field, measure_field)
         measurements = measure(field, measure_field, found, photometry)
         catalog = build_catalog(found.objects, field.frame, measurements, origin.wcs, photometry)
         result = Result(
@@ -2231,6 +2389,7 @@ def choose_method(args):
         args.background_passes,
         settings_from(args, BackgroundSettings),
         settings_from(args, ExtractionSettings),
+        args.bridge,
     )
 
 
@@ -2238,7 +2397,8 @@ def read_mask_and_noise(args, shape):
     """Read the mask and the noise image for an image (ny, nx); what isn't given is None."""
     mask = noise = None
     if args.mask:
-        mask = read_mask(args.mask, args.mask_hdu, args.plane, args.maskthresh, shape)
+        choice = args.maskthresh, args.mask_bits
+        mask = read_mask(args.mask, args.mask_hdu, args.plane, *choice, shape)
     if args.err_file:
         noise = read_noise(args.err_file, args.err_hdu, args.plane, args.err_type, shape)
     return mask, noise
@@ -2262,12 +2422,52 @@ def report_image(origin, pixels, mask):
     log.info("image         %s: %d x %d %s", origin.name, columns, rows, origin.dtype)
     log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
     report_beam(origin)
+    warn_of_padding(origin, pixels, mask)
 
 
 def report_beam(origin):
     """Tell by what to divide sums of pixels that are per beam."""
     if origin.beam:
         log.info("beam          %.6g pixels, by which to divide fluxes", origin.beam)
+
+
+# Side of the blocks (pixels), and the part of an image, that hold one value if it is padding.
+PADDED_BLOCK = 32
+MUCH_PADDED = 0.02
+
+
+def warn_of_padding(origin, pixels, mask):
+    """Tell if whole blocks hold one value that is common at the border and rare in most others.
+
+    In an image of counts, or without noise, it is common in the others as well.
+    """
+    if min(pixels.shape) < PADDED_BLOCK:
+        return
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    values, counts = np.unique(border, return_counts=True)
+    value = values[counts.argmax()]
+    if counts.max() <= MUCH_PADDED * border.size:
+        return
+    ny, nx = (size // PADDED_BLOCK for size in pixels.shape)
+    padded = ((pixels == value) & ~mask)[: ny * PADDED_BLOCK, : nx * PADDED_BLOCK]
+    part = padded.reshape(ny, PADDED_BLOCK, nx, PADDED_BLOCK).mean(axis=(1, 3))
+    if (part == 1).mean() > MUCH_PADDED and 2 * (part < 0.1).sum() > (part < 1).sum():
+        stored = value if origin.black is None else origin.black - value
+        log.warning(
+            "at least %.0f %% of the image, in whole blocks, is exactly %s: if it is padding, name "
+            "it as a blank value (--blank %s)",
+            *(100 * (part == 1).mean(), stored, stored),
+        )
+
+
+def saturation_level(args, origin):
+    """Return the level of saturated pixels, or nan, and tell where it comes from."""
+    level, source = args.saturation, "--saturation"
+    if level is None:
+        level, source = origin.saturation, "SATURATE"
+    if level == level:
+        log.info("saturation    %.6g (%s)", level, source)
+    return level
 
 
 def report_field(field):
@@ -2282,7 +2482,7 @@ def report_field(field):
     elif np.ndim(field.noise) == 0:
         log.info("threshold     %.6g (%g x rms)", thresh * rms, thresh)
     else:
-        typical = frame.differences(float(np.median(sample(field.noise, field.mask))))
+        typical = frame.differences(typical_noise(field))
         log.info("threshold     %.6g (%g x noise, median)", thresh * typical, thresh)
         warn_of_depth(method)
     raised = noise_raised_by_mask(field) if method.measures_noise() else 1.0
@@ -2317,7 +2517,27 @@ def report_detections(field, found):
     if field.is_noiseless():
         log.warning("the image is constant: no sources")
     elif not len(found.objects):
-        log.warning("no sources found: the catalogue and the segmentation map are empty")
+        hidden = 100 * hidden_part(field)
+        advice = f"; the mask hides {hidden:.0f} % of the pixels above the threshold: mask less"
+        log.warning(
+            "no sources found: the catalogue and the segmentation map are empty%s",
+            advice if hidden > 50 else "",
+        )
+
+
+def hidden_part(field):
+    """Return which part of the pixels above the threshold is masked, though they have values."""
+    without = too_large(field.residual)
+    seen = replace(field, mask=without, noise=typical_noise(field))
+    above = find_sources(seen).segmentation > 0
+    return field.mask[above].mean() if above.any() else 0
+
+
+def typical_noise(field):
+    """Return the noise of a field as one number, the median of an array."""
+    return (
+        float(np.median(sample(field.noise, field.mask))) if np.ndim(field.noise) else field.noise
+    )
 
 
 def start_logging(args):

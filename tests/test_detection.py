@@ -125,7 +125,7 @@ def test_products_of_the_test_sky_are_those_of_sep(nine):
 def test_masked_products_are_those_of_sep(run, write, field, holes, option, dtype):
     image = field.astype(dtype)
     paths = write(image), "--mask", write(holes.astype(np.uint8), "mask.fits")
-    result = run(*paths, "--err-option", option, "--thresh", 4)
+    result = run(*paths, "--err-option", option, "--thresh", 4, "--bridge", 0)
     assert_same(result, direct(image, mask=holes, noise=option, thresh=4.0))
 
 
@@ -201,7 +201,8 @@ def test_pixels_that_are_not_finite_are_masked_by_themselves(run, write, stars, 
     hole[28:32, 38:43] = hole[60, 80] = True
     image[hole] = bad
     expected = direct(stars, mask=hole, noise=option, thresh=4.0)
-    assert_same(run(write(image), "--err-option", option, "--thresh", 4), expected)
+    options = ("--err-option", option, "--thresh", 4, "--bridge", 0)
+    assert_same(run(write(image), *options), expected)
 
 
 @pytest.mark.parametrize("border", [1, 3, 20])
@@ -246,7 +247,7 @@ def test_masked_pixels_in_the_first_rows_keep_their_value_in_the_subtracted_imag
     image = stars.copy()
     image[0, 60] = 1e4
     path = tmp_path / "subtracted.fits"
-    result = run(write(image), "--mask-box", 60, 60, 0, 0, "--subtracted", path)
+    result = run(write(image), "--mask-box", 60, 60, 0, 0, "--bridge", 0, "--subtracted", path)
     assert len(table(result)) == 6
     left = fits.getdata(path)
     np.testing.assert_allclose(left, image - result.image("background"), rtol=1e-5, atol=1e-5)

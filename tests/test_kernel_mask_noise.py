@@ -135,7 +135,7 @@ def test_boxes_mask_their_ends_too_and_end_at_the_edge(run, image, stars, boxes,
     for part in where:
         mask[part] = True
     options = [word for box in boxes for word in ("--mask-box", *box)]
-    result = run(image, *options)
+    result = run(image, *options, "--bridge", 0)
     assert_same(result, direct(stars, mask=mask))
     assert f"{100 * mask.mean():.2f} %" in result.out
 

@@ -224,7 +224,7 @@ def test_pixels_without_noise_are_left_out_of_the_fluxes(run, write, stars):
     weight[58:60, 84:86] = 0
     hot = stars.copy()
     hot[58:60, 84:86] += 500
-    options = ("--err-option", "file", "--err-type", "weight", "--thresh", 5)
+    options = ("--err-option", "file", "--err-type", "weight", "--thresh", 5, "--bridge", 0)
     options += ("--err-file", write(weight, "weight.fits"), "--aperture-diameters", 12)
     clean = run(write(stars), *options).catalog
     source = next(rows_at(clean, [80], [60]).itertuples())

@@ -65,6 +65,10 @@ def accepts(option, value):
     return True
 
 
+def accepts_all(option, values):
+    return build_parser().parse_args(["image.fits", option, *values]) is not None
+
+
 def lower_bound(param):
     """Return the least number of a parameter, and whether it is allowed itself."""
     for validator in param.iter("validator"):
@@ -101,10 +105,14 @@ def test_the_sections_are_in_the_order_of_the_work():
 
 def test_all_masking_is_in_its_section():
     masking = INPUTS.find("section[@name='masking']")
-    assert [child.get("name") for child in masking] == ["mask_image", "mask_box"]
+    names = [child.get("name") or child.get("argument") for child in masking]
+    assert names == ["mask_image", "mask_box", "--blank", "--bridge"]
     assert "--mask-box" in masking.find("repeat").get("help")
     options = {param.get("argument") for param in masking.iter("param")} - {None}
-    assert options == {option for option in PARAMETERS if option and "mask" in option}
+    assert options == {
+        *(option for option in PARAMETERS if option and "mask" in option),
+        *("--blank", "--bridge"),
+    }
 
 
 def test_every_side_of_a_rectangle_is_explained_and_must_be_given():
@@ -209,6 +217,16 @@ def test_the_form_takes_the_diameters_that_the_script_takes():
     ):
         matches = re.match(regex.text, text) and eval(expression.text, {"value": text})
         assert bool(matches) == taken
+
+
+def test_the_form_takes_the_bits_and_the_blank_values_that_the_script_takes():
+    for option, texts in (
+        ("--mask-bits", {"1": True, " 1 2 1024 ": True, "0": False, "-1": False, "1,2": False}),
+        ("--blank", {"0": True, " -32768 1e30 ": True, "-.5 2E-3": True, "nan": False, "": False}),
+    ):
+        for text, taken in texts.items():
+            assert bool(re.match(PARAMETERS[option].findtext("validator"), text)) == taken, text
+            assert not taken or accepts_all(option, text.split())
 
 
 HDU_OPTIONS = [option for option in PARAMETERS if option and option.endswith("hdu")]

@@ -9,6 +9,8 @@ sky_mask.fits            1 in the rectangles MASK_BOXES around the bright stars,
 kernel.conv              Gaussian of KERNEL_FWHM pixels in SExtractor's filter format
 stack.fits               extensions SCI, a cube of three planes: stars, sky alone, the same stars
                          twice as bright; ERR, the noise of a pixel; DQ, 1 in STACK_BOX
+mosaic.fits              stars, one of them saturated, three on a bad column; 0 in that column, and
+                         where the mosaic ends
 empty.fits               sky alone
 hubble_deep_field.tiff   grey crop of the Hubble Deep Field (R. Williams, the HDF team and NASA;
                          public domain), from the picture that scikit-image ships
@@ -46,6 +48,9 @@ STACK_FLUXES = (2000.0, 0.0, 4000.0)  # of each star, by plane
 STACK_NOISE = 2.0
 STACK_BOX = (0, 31, 0, 31)  # around the first star
 EMPTY_SHAPE = (80, 96)
+MOSAIC_END = 92  # its first column without data
+BAD_COLUMN = 48
+SATURATION = 4000
 
 LUMINANCE = (0.299, 0.587, 0.114)  # of R, G, B: ITU-R BT.601
 
@@ -124,6 +129,17 @@ def stack():
     )
 
 
+def mosaic():
+    """Stars of the stack's first flux and one of thirty times that, int16, and a header."""
+    x, y = grid_positions(STACK_SHAPE, 32, seed=SEED)
+    flux = np.full(len(x), STACK_FLUXES[0])
+    flux[4] *= 30
+    image, _ = simulate(STACK_SHAPE, stars(x, y, flux), seed=SEED, level=100.0, noise=STACK_NOISE)
+    image = np.rint(np.minimum(image, SATURATION)).astype(np.int16)
+    image[:, MOSAIC_END:] = image[:, BAD_COLUMN] = 0
+    return image, fits.Header({"SATURATE": SATURATION})
+
+
 def picture():
     """Part of the Hubble Deep Field in grey, (400, 400) uint8."""
     colours = hubble_deep_field()[PICTURE_ROWS, PICTURE_COLUMNS]
@@ -149,6 +165,7 @@ def main(argv=None):
     fits.writeto(directory / "sky_mask.fits", *mask(), overwrite=True)
     (directory / "kernel.conv").write_text(kernel())
     stack().writeto(directory / "stack.fits", overwrite=True)
+    fits.writeto(directory / "mosaic.fits", *mosaic(), overwrite=True)
     empty, _ = simulate(EMPTY_SHAPE, stars([], [], []), seed=SEED, level=100.0, noise=STACK_NOISE)
     fits.writeto(directory / "empty.fits", empty, overwrite=True)
     tifffile.imwrite(

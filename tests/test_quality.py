@@ -1,0 +1,242 @@
+"""What a pixel is worth: quality bits, blank values, saturation."""
+
+import re
+
+import numpy as np
+import pytest
+import tifffile
+from astropy.io import fits
+
+from common import SHAPE, rows_at
+from contract import one_line
+from same_as_sep import assert_same, direct
+from sky import random_sources, simulate, stars
+
+BLOCK = np.s_[85:116, 10:56]  # holds the star at (30, 95) of the fixture, and no other
+
+
+@pytest.fixture
+def image(write, stars):
+    return write(stars)
+
+
+# Bits
+
+
+def quality(dtype, bit, others=0):
+    """Return a quality image of the type, with the bit in the block and other bits elsewhere."""
+    width = 8 * np.dtype(dtype).itemsize
+    values = np.full(SHAPE, others, object)
+    values[BLOCK] = others | (1 << bit)
+    if np.dtype(dtype).kind == "i":
+        values = np.where(values >= 1 << (width - 1), values - (1 << width), values)
+    return values.astype(dtype)
+
+
+TYPES = ("u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8")
+
+
+@pytest.mark.parametrize("form", ["fits", "fits.gz", "compressed", "tiff"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_any_bit_of_an_integer_of_any_type_masks(run, image, stars, tmp_path, dtype, form):
+    if form == "compressed" and dtype in ("i8", "u8"):
+        pytest.skip("no tile compression of 64 bits")
+    path = tmp_path / f"mask.{form}"
+    for bit in (0, 8 * np.dtype(dtype).itemsize - 1):
+        values = quality(dtype, bit, others=2)
+        if form == "tiff":
+            tifffile.imwrite(path, values, photometric="minisblack")
+        elif form == "compressed":
+            hdus = [fits.PrimaryHDU(), fits.CompImageHDU(values)]
+            fits.HDUList(hdus).writeto(path, overwrite=True)
+        else:
+            fits.writeto(path, values, overwrite=True)
+        result = run(image, "--mask", path, "--mask-bits", 1 << bit)
+        assert_same(result, direct(stars, mask=quality("u1", 0) > 0))
+
+
+@pytest.mark.parametrize(
+    ("bits", "masked"), [([1], 1), ([4], 0), ([4, 1], 1), ([5], 1), ([2], 2), ([1 << 40], 0)]
+)
+def test_values_and_their_sum_are_the_same(run, image, write, bits, masked):
+    mask = write(quality("i2", 0, others=2), "mask.fits")
+    result = run(image, "--mask", mask, "--mask-bits", *bits)
+    if masked == 2:
+        result.assert_refused("every pixel is masked")
+    else:
+        part = masked * quality("u1", 0).mean()
+        assert f"masked        {100 * part:.2f} %" in result.out
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_bits_of_a_floating_point_mask_are_refused(run, image, write, dtype):
+    mask = write(np.ones(SHAPE, dtype), "mask.fits")
+    result = run(image, "--mask", mask, "--mask-bits", 1)
+    result.assert_refused("mask.fits", "whole numbers", "--mask-bits")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--mask-bits", 1),
+        ("--mask", "m.fits", "--mask-bits", 1, "--maskthresh", 0),
+        ("--mask", "m.fits", "--mask-bits", 0),
+        ("--mask", "m.fits", "--mask-bits", -1),
+        ("--mask", "m.fits", "--mask-bits", 2**64),
+        ("--mask", "m.fits", "--mask-bits"),
+    ],
+)
+def test_bits_are_above_0_and_need_a_mask_and_no_threshold(run, image, options):
+    result = run(image, *options)
+    assert result.code == 2
+    assert "--mask-bits" in result.err
+
+
+def test_a_mask_that_hides_the_sources_is_blamed(run, image, write, stars):
+    detected = write(np.where(stars > 106, 32, 0).astype("i2"), "mask.fits")
+    result = run(image, "--mask", detected, "--thresh", 6, "--bridge", 0)
+    assert len(result.catalog) == 0
+    said = r"no sources found: .*; the mask hides (\d+) % of the pixels above the threshold.*"
+    (part,) = re.fullmatch(one_line("warning", said), result.err).groups()
+    assert int(part) > 60
+
+
+def test_an_empty_sky_is_not_blamed_on_its_mask(run, write):
+    sky = np.random.default_rng(1).normal(100, 1, SHAPE).astype(np.float32)
+    result = run(write(sky), "--mask-box", 0, 159, 0, 30, "--thresh", 5)
+    assert result.err.count("no sources found") == 1
+    assert "hides" not in result.err
+
+
+# Blank values and padding
+
+SIDE = 480
+VALUES = (0, -32768, 1e30)
+
+
+@pytest.fixture(scope="module")
+def mosaic():
+    """Return an image, and where a turned square of data ends in it."""
+    shape = (SIDE, SIDE)
+    sources = random_sources(shape, 60, seed=1, flux=(300.0, 20000.0))
+    image, _ = simulate(shape, sources, seed=1, level=100.0, noise=2.0)
+    y, x = np.indices(shape) - SIDE / 2
+    return image, np.maximum(np.abs(0.8 * x + 0.6 * y), np.abs(0.8 * y - 0.6 * x)) > 0.36 * SIDE
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_blank_pixels_are_like_nan(run, write, mosaic, value):
+    image, outside = mosaic
+    nan = run(write(np.where(outside, np.nan, image).astype("f4"))).catalog
+    padded = write(np.where(outside, value, image).astype("f4"), "padded.fits")
+    result = run(padded, "--blank", -5, value)
+    assert result.catalog.equals(nan)
+    assert "exactly" not in result.err
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_padding_costs_a_warning_with_its_value(run, write, mosaic, value):
+    image, outside = mosaic
+    result = run(write(np.where(outside, value, image).astype("f4")))
+    said = r"at least (\d+) % of the image, .* exactly (\S+): .*\(--blank (\S+)\)"
+    ((part, told, again),) = re.findall(said, result.err)
+    assert 60 * outside.mean() < float(part) < 100 * outside.mean()
+    assert float(told) == float(again) == value
+
+
+def test_blank_is_compared_with_scaled_values(run, tmp_path, stars):
+    stored = np.rint(stars).astype("u2")
+    stored[BLOCK] = 0
+    fits.writeto(tmp_path / "image.fits", stored)  # stored as -32768, with BZERO
+    result = run(tmp_path / "image.fits", "--blank", 0)
+    mask = np.zeros(SHAPE, bool)
+    mask[BLOCK] = True
+    assert_same(result, direct(stored.astype("f4"), mask=mask))
+
+
+def test_blank_is_compared_with_what_a_tiff_stores_in_which_0_is_white(run, tmp_path, stars):
+    stored = 255 - np.rint(stars).astype("u1")
+    stored[BLOCK] = 255
+    tifffile.imwrite(tmp_path / "image.tif", stored, photometric="miniswhite")
+    result = run(tmp_path / "image.tif", "--blank", 255)
+    mask = np.zeros(SHAPE, bool)
+    mask[BLOCK] = True
+    assert_same(result, direct(255 - stored.astype("f4"), mask=mask))
+
+
+@pytest.mark.parametrize("name", ["counts", "few counts", "constant", "noiseless", "core", "sky"])
+def test_what_is_no_padding_costs_no_warning(run, write, name):
+    rng = np.random.default_rng(1)
+    shape = (SIDE, SIDE)
+    spread = simulate(shape, random_sources(shape, 60, seed=1), noise=0.0)[0]
+    core = rng.normal(100, 2, shape)
+    core[150:300, 150:300] = 65535
+    image = {
+        "counts": rng.poisson(0.01, shape),
+        "few counts": rng.poisson(0.0003, shape),
+        "constant": np.full(shape, 7),
+        "noiseless": spread,
+        "core": core,
+        "sky": np.rint(rng.normal(100, 0.4, shape)),
+    }[name]
+    result = run(write(image.astype("f4")), "--err-option", "none", "--thresh", 50)
+    assert result.code == 0
+    assert "exactly" not in result.err
+
+
+# Saturation
+
+
+@pytest.fixture(scope="module")
+def saturated():
+    """Return stars of which the second is cut off at 900."""
+    sources = stars([30.0, 80.0, 130.0], [60.0, 60.0, 60.0], [5000.0, 20000.0, 6000.0])
+    return np.minimum(simulate(SHAPE, sources, seed=1, level=100.0)[0], 900)
+
+
+PLACES = [30.0, 80.0, 130.0], [60.0, 60.0, 60.0]
+
+
+def flags(result):
+    return list(rows_at(result.catalog, *PLACES).flag)
+
+
+def test_saturated_stars_are_flagged_by_the_option_or_the_header(run, write, saturated):
+    plain, headed = write(saturated), write(saturated, "headed.fits", SATURATE=900.0)
+    for path, options, expected, told in (
+        (plain, (), 0, None),
+        (plain, ("--saturation", 900), 4, r"900 \(--saturation\)"),
+        (plain, ("--saturation", 900.5), 0, r"900.5 \(--saturation\)"),
+        (headed, (), 4, r"900 \(SATURATE\)"),
+        (headed, ("--saturation", 5000), 0, r"5000 \(--saturation\)"),
+    ):
+        result = run(path, *options, "--thresh", 5)
+        assert flags(result) == [0, expected, 0]
+        assert re.findall(r"^saturation +(.*)$", result.out, re.MULTILINE) == (
+            [told.replace("\\", "")] if told else []
+        )
+
+
+@pytest.mark.parametrize("value", [0, -1.0, 1e30, 2.0**100 * 1e10, "high", "nan", True, None])
+def test_a_saturate_that_is_no_level_is_left_out(run, write, saturated, value):
+    result = run(write(saturated, SATURATE=value), "--thresh", 5)
+    assert result.code == 0
+    assert flags(result) == [0, 0, 0]
+    assert "saturation" not in result.out
+
+
+def test_a_damaged_saturate_card_is_left_out(run, write, saturated):
+    path = write(saturated, SATURATE=900.0)
+    content = path.read_bytes()
+    path.write_bytes(
+        content.replace(b"SATURATE=                900.0", b"SATURATE=                  nan")
+    )
+    result = run(path, "--thresh", 5)
+    assert result.code == 0
+    assert flags(result) == [0, 0, 0]
+
+
+def test_saturation_of_the_image_to_measure_counts_too(run, write, saturated):
+    other = write(saturated, "other.fits", SATURATE=900.0)
+    result = run(write(saturated), "--measure-image", other, "--thresh", 5)
+    assert flags(result) == [0, 4, 0]
