@@ -1055,12 +1055,14 @@ def measure(field, measure_field, found, settings):
     with masked_as_neighbours(labels, measure_field.mask):
         flux, error, flag = kron_fluxes(measure_field, shapes, kron, neighbours)
         radius = half_light_radii(measure_field, shapes, flux, neighbours)
-        xwin, ywin = windowed_centroids(measure_field, shapes, radius, neighbours)
+        sigma = WINDOW_SIGMA * np.maximum(radius, 0.5)
+        xwin, ywin = windowed_centroids(measure_field, shapes, sigma, neighbours)
+        spread = windowed_errors(measure_field, xwin, ywin, sigma, neighbours)
         apertures = aperture_fluxes(measure_field, shapes, settings.aperture_diameters, neighbours)
     fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
     in_image_values = map(measure_field.frame.differences, fluxes.values())
     measured = pd.DataFrame(dict(zip(fluxes, in_image_values, strict=True)), index=ids[sane])
-    measured = measured.assign(kron_radius=kron, flux_radius=radius, xwin=xwin, ywin=ywin)
+    measured = measured.assign(kron_radius=kron, flux_radius=radius, xwin=xwin, ywin=ywin, **spread)
     measured[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
     measured["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
     measured = measured.reindex(ids).reset_index(drop=True)
@@ -1126,9 +1128,10 @@ def half_light_radii(field, shapes, flux, neighbours):
 def aperture_fluxes(field, shapes, diameters, neighbours):
     """Return the fluxes in circles, and their errors, under the names of their columns."""
     found = {}
+    keywords = {"subpix": 0, **noise_keywords(field), **neighbours}  # 0 is exact
     for diameter in diameters:
         flux, error, _ = sep.sum_circle(
-            field.residual, shapes.x, shapes.y, diameter / 2, **noise_keywords(field), **neighbours
+            field.residual, shapes.x, shapes.y, diameter / 2, **keywords
         )
         forget_empty(flux, error, field.noise)
         found |= {f"flux_{aperture(diameter)}": flux, f"fluxerr_{aperture(diameter)}": error}
@@ -1147,8 +1150,8 @@ def forget_empty(flux, error, noise):
     return empty
 
 
-def windowed_centroids(field, shapes, radius, neighbours):
-    """Return the centroids in a Gaussian window, nan where a source has no `radius`.
+def windowed_centroids(field, shapes, sigma, neighbours):
+    """Return the centroids in a Gaussian window, nan where a source has no `sigma`.
 
     SExtractor's XWIN_IMAGE and YWIN_IMAGE. `sep.winpos` knows no neighbours, and would run to a
     bright one: a source that has any in reach is measured on a stamp of its own without them.
@@ -1157,8 +1160,8 @@ def windowed_centroids(field, shapes, radius, neighbours):
     ----------
     field : Field
     shapes : Shapes
-    radius : ndarray
-        Half-light radii, pixels.
+    sigma : ndarray
+        Of the windows, pixels.
     neighbours : dict
         The map "segmap", in which masked pixels have a label too, and the sources' own, "seg_id".
 
@@ -1167,10 +1170,10 @@ def windowed_centroids(field, shapes, radius, neighbours):
     xwin, ywin : ndarray
     """
     image, labels = field.residual, neighbours["segmap"]
-    xwin, ywin = np.full((2, len(radius)), np.nan)
-    sized = np.flatnonzero(np.isfinite(radius))
+    xwin, ywin = np.full((2, len(sigma)), np.nan)
+    sized = np.flatnonzero(np.isfinite(sigma))
     ids, x, y = neighbours["seg_id"][sized], shapes.x[sized], shapes.y[sized]
-    sigma = WINDOW_SIGMA * np.maximum(radius[sized], 0.5)
+    sigma = sigma[sized]
     reach = 1.25 * WINDOW_REACH * sigma + 2  # the window moves
     _, _, flag = sep.sum_circle(image, x, y, reach, segmap=labels, seg_id=ids, subpix=1)
     crowded = (flag & sep.APER_HASMASKED) > 0
@@ -1185,6 +1188,41 @@ def windowed_centroids(field, shapes, radius, neighbours):
     found[:, strayed] = np.nan
     xwin[sized], ywin[sized] = found
     return xwin, ywin
+
+
+def windowed_errors(field, xwin, ywin, sigma, neighbours):
+    """Return the error ellipses of the windowed centroids, by column; nan where there is none.
+
+    SExtractor's ERRAWIN_IMAGE, ERRBWIN_IMAGE (pixels) and ERRTHETAWIN_IMAGE (here in radians). What
+    isn't the source's own or sky is left out; parameters else as in `windowed_centroids`.
+    """
+    image, labels, gain = field.residual, neighbours["segmap"], field.method.extraction.gain
+    noise = np.broadcast_to(field.noise, image.shape)
+    errors = np.full((3, len(xwin)), np.nan)
+    halves = np.ceil(np.minimum(WINDOW_REACH * sigma, max(image.shape)))
+    halves[np.isnan(xwin)] = np.nan
+    # All windows of one size together, row by row: fast for many sources, lean for large ones.
+    for half in np.unique(halves[halves > 0]).astype(int):
+        alike, offsets = np.flatnonzero(halves == half), np.arange(-half, half + 1)
+        x, y, s, ids = (
+            values[alike, np.newaxis] for values in (xwin, ywin, sigma, neighbours["seg_id"])
+        )
+        columns, sums = np.rint(x).astype(int) + offsets, np.zeros((4, len(alike)))
+        for rows in np.rint(y).astype(int) + offsets[:, np.newaxis, np.newaxis]:
+            at = np.clip(rows, 0, image.shape[0] - 1), np.clip(columns, 0, image.shape[1] - 1)
+            dx, dy = columns - x, rows - y
+            r = np.hypot(dx, dy) / s
+            own = (at[0] == rows) & (at[1] == columns) & (r < WINDOW_REACH)
+            own &= (labels[at] == ids) | (labels[at] == 0)
+            weight = np.exp(-(r**2) / 2)
+            light, rms = weight * np.where(own, (image[at], noise[at]), 0)
+            variance = rms**2 + weight * np.maximum(light, 0) / (gain or np.inf)
+            sums += np.sum((light, variance * dx**2, variance * dy**2, variance * dx * dy), axis=2)
+        xx, yy, xy = 4 * sums[1:] / np.where(sums[0] > 0, sums[0], np.nan) ** 2
+        mean, half_gap = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
+        axes = np.sqrt([mean + half_gap, np.maximum(mean - half_gap, 0)])
+        errors[:, alike] = *axes, np.arctan2(2 * xy, xx - yy) / 2
+    return dict(zip(("errawin", "errbwin", "errthetawin"), errors, strict=True))
 
 
 def lone_stamp(image, labels, label, x, y, reach):
@@ -1311,6 +1349,9 @@ COLUMNS = (
     Column("xwin", "pixel", "pos.cartesian.x", "windowed centroid along x"),
     Column("ywin", "pixel", "pos.cartesian.y", "windowed centroid along y"),
     Column("flag_auto", None, "meta.code", "photometry flags"),
+    Column("errawin", "pixel", "stat.error;pos.cartesian", "major axis of the error of xwin, ywin"),
+    Column("errbwin", "pixel", "stat.error;pos.cartesian", "minor axis of the error of xwin, ywin"),
+    Column("errthetawin", "rad", "stat.error;pos.posAng", "angle of the major axis of that error"),
 )
 
 
