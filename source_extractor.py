@@ -111,6 +111,10 @@ class BackgroundSettings:
     fh: int = 3
     fthresh: float = 0.0
 
+    def cut_to(self, shape):
+        """Return the settings with boxes no larger than an image (ny, nx)."""
+        return replace(self, bw=min(self.bw, shape[1]), bh=min(self.bh, shape[0]))
+
 
 @dataclass(frozen=True)
 class ExtractionSettings:
@@ -745,6 +749,9 @@ class Frame:
 # of a bright galaxy goes on well beyond the isophote it was detected at.
 GROWTH = 6.0
 
+# In a noise of more quanta than this SEP's medians are as good as of a continuous one.
+COARSE = 10
+
 # What SEP itself puts for the noise of a masked pixel, and the largest number that it can sum.
 NO_WEIGHT = 1e30
 LARGEST = 1e30
@@ -871,29 +878,59 @@ def settle_noise(mask, noise, background, method):
 
 @timed
 def estimate_background(pixels, mask, settings):
-    """Return the `sep.Background` of an image (ny, nx), or None if SEP can use no box of it."""
+    """Return the `sep.Background` of an image (ny, nx), or None if SEP can use no box of it.
+
+    Where the noise is a few quanta SEP's medians, and so its level, are off by up to 1.4 quanta:
+    there it is given a copy in which each value is spread over its quantum.
+    """
     # SEP allocates whole boxes, also those larger than the image.
-    bw, bh = min(settings.bw, pixels.shape[1]), min(settings.bh, pixels.shape[0])
-    if not mask.any():
-        mask = None  # SEP is faster without
-    elif not has_usable_box(mask, bw, bh):
+    settings = settings.cut_to(pixels.shape)
+    if mask.any() and not has_usable_box(mask, settings):
         return None
-    return sep.Background(pixels, mask=mask, **asdict(replace(settings, bw=bw, bh=bh)))
+    keywords = {"mask": mask if mask.any() else None, **asdict(settings)}  # None is faster
+    background = sep.Background(pixels, **keywords)
+    values = sample(pixels, mask)
+    quantum = quantum_of(values)
+    if not 0 < global_rms(background) < COARSE * quantum:
+        return background
+    rng = np.random.default_rng(0)
+    noise = values - sample(background.back(), mask) + quantum * (rng.random(values.size) - 0.5)
+    low, middle, high = np.percentile(noise, [2.275, 15.866, 50])
+    # SEP's level is the mode: 5/12 of a photon below the mean, and as skew as that is the noise.
+    skew = np.clip(1.25 * (low - 2 * middle + high) / quantum, 0, 5 / 12)
+    dithered = rng.random(pixels.shape, pixels.dtype)
+    dithered += skew - 0.5
+    dithered *= quantum
+    dithered += pixels
+    return sep.Background(dithered, **keywords)
 
 
-def has_usable_box(mask, bw, bh):
+def quantum_of(values):
+    """Return the step of which all differences of the values are multiples; 0 if there is none."""
+    ends = np.percentile(values, [10, 90], method="nearest")
+    steps = np.diff(np.unique(np.clip(values, *ends)))
+    quantum = float(steps.min(initial=np.inf))
+    return quantum if steps.size and (np.abs(steps / quantum % 1 - 0.5) > 0.4).all() else 0.0
+
+
+def has_usable_box(mask, settings):
     """Tell if half of the pixels of any box are not masked; SEP takes no box with fewer."""
-    rows, columns = np.arange(0, mask.shape[0], bh), np.arange(0, mask.shape[1], bw)
-    good = np.add.reduceat(np.add.reduceat(~mask, rows, axis=0, dtype=np.int64), columns, axis=1)
-    heights, widths = np.diff(rows, append=mask.shape[0]), np.diff(columns, append=mask.shape[1])
-    return (2 * good >= np.outer(heights, widths)).any()
+    return (box_sums(~mask, settings) >= box_sums(mask, settings)).any()
+
+
+def box_sums(where, mesh):
+    """Return of how many pixels in each background box a map (ny, nx) is True."""
+    rows, columns = np.arange(0, where.shape[0], mesh.bh), np.arange(0, where.shape[1], mesh.bw)
+    return np.add.reduceat(np.add.reduceat(where, rows, axis=0, dtype=np.int64), columns, axis=1)
 
 
 def estimate_again(pixels, mask, first):
     """Return the background with the sources of a first `Field` masked, or None if that fails."""
     if first.is_noiseless():
         return None
-    grown = grow_mask(mask, find_sources(first).objects)
+    found = find_sources(first)
+    warn_of_boxes(first, found)
+    grown = grow_mask(mask, found.objects)
     background = estimate_background(pixels, grown, first.method.background)
     if background is None:
         log.warning("sources fill every background box: kept the background of the first pass")
@@ -2066,8 +2103,9 @@ def run(args):
         with about(origin.name):
             mask = build_mask(pixels, mask, noise, args.mask_box)
             report_image(origin, pixels, mask)
+            values = sample(pixels, mask)
             field = measure_field = build_field(pixels, mask, noise, method)
-            report_field(field)
+            report_field(field, values)
             found = find_sources(field)
             report_detections(field, found)
         if measure_pixels is not None:
@@ -2137,8 +2175,8 @@ def report_image(origin, pixels, mask):
     log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
 
 
-def report_field(field):
-    """Tell level, noise and threshold in image values, and what is unusual about them."""
+def report_field(field, values):
+    """Tell level, noise and threshold, and what is unusual about them or a sample of the values."""
     frame, method = field.frame, field.method
     level = frame.levels(np.array(field.background.globalback, dtype=np.float64))
     rms = frame.differences(global_rms(field.background))
@@ -2154,6 +2192,41 @@ def report_field(field):
         warn_of_depth(method)
     if method.measures_noise():
         warn_of_masking(field)
+        warn_of_counts(field, values)
+
+
+# Which part of the image may have the same value, whether the noise is measured or not; and a
+# filter for such counts, pixels, with the log of the odds against one peak of noise.
+MUCH_ALIKE = 0.4
+COUNT_FWHM = 4.0
+COUNT_ODDS = 14.0
+
+
+def warn_of_counts(field, values):
+    """Tell if most pixels have one value, and how to find sources among counts all the same."""
+    levels, numbers = np.unique(values, return_counts=True)
+    most = numbers.argmax()
+    share = numbers[most] / len(values)
+    if share <= MUCH_ALIKE or field.is_noiseless():
+        return
+    advice = "mask these pixels (--mask, --mask-box) if they hold no data"
+    rate = -math.log(share)  # of Poisson's counts
+    if numbers[most + 1 :][:1].sum() > rate / 2 * numbers[most]:
+        # Bernstein's bound of the counts under the filter
+        area = math.pi / math.log(4) * COUNT_FWHM**2
+        excess = math.sqrt(2 * rate * area * COUNT_ODDS) + COUNT_ODDS / 3
+        step, background = levels[most + 1] - levels[most], field.background.globalback
+        thresh = step * (rate + excess / area) + levels[most]
+        thresh -= field.frame.levels(np.array(background, dtype=np.float64))
+        advice = (
+            f"take an absolute threshold (--err-option none --thresh {thresh:.3g}) and smooth more "
+            f"(--filter-case gaussian --filter-fwhm {COUNT_FWHM:g})"
+        )
+    log.warning(
+        "%.0f %% of the pixels have the value %g, so that their noise has no meaning as a unit of "
+        "the threshold: %s",
+        *(100 * share, levels[most], advice),
+    )
 
 
 # Which part of the image must be masked, and how many times it must raise the noise, for a warning.
@@ -2201,10 +2274,31 @@ def warn_of_depth(method):
 def report_detections(field, found):
     """Tell the number of sources, and why there are none."""
     log.info("sources       %d", len(found.objects))
+    if field.method.background_passes == 1:
+        warn_of_boxes(field, found)
     if field.is_noiseless():
         log.warning("the image is constant: no sources")
     elif not len(found.objects):
         log.warning("no sources found: the catalogue and the segmentation map are empty")
+
+
+def warn_of_boxes(field, found):
+    """Tell if sources fill background boxes, and which boxes would be large enough for them."""
+    settings = field.method.background.cut_to(field.mask.shape)
+    own = box_sums(found.segmentation > 0, settings)
+    good = box_sums(~field.mask, settings)
+    full = (2 * own > good) & (2 * good >= settings.bw * settings.bh)  # not a strip at the edge
+    widest = max(settings.bw, settings.bh)
+    if not full.any() or widest == max(field.mask.shape):
+        return
+    objects = found.objects
+    width, height = (objects[f"{axis}max"] - objects[f"{axis}min"] + 1 for axis in "xy")
+    size = 2 * max(widest, math.ceil(np.sqrt(width * height).max()))
+    log.warning(
+        "sources fill more than half of %d of the %d background boxes, which take their light for "
+        "background: try boxes of %d pixels (--bw %d --bh %d)",
+        *(full.sum(), full.size, size, size, size),
+    )
 
 
 def start_logging(args):
