@@ -2287,7 +2287,7 @@ def warn_of_boxes(field, found):
     settings = field.method.background.cut_to(field.mask.shape)
     own = box_sums(found.segmentation > 0, settings)
     good = box_sums(~field.mask, settings)
-    full = (2 * own > good) & (2 * good >= settings.bw * settings.bh)  # not a strip at the edge
+    full = (2 * own > good) & (4 * good > 3 * settings.bw * settings.bh)  # no strip at the edge
     widest = max(settings.bw, settings.bh)
     if not full.any() or widest == max(field.mask.shape):
         return
