@@ -113,6 +113,10 @@ class BackgroundSettings:
     fh: int = 3
     fthresh: float = 0.0
 
+    def cut_to(self, shape):
+        """Return the settings with boxes no larger than an image (ny, nx)."""
+        return replace(self, bw=min(self.bw, shape[1]), bh=min(self.bh, shape[0]))
+
 
 @dataclass(frozen=True)
 class ExtractionSettings:
@@ -968,6 +972,9 @@ GROWTH = 6.0
 MUCH_MASKED = 0.05
 MUCH_NOISIER = 2.0
 
+# In a noise of more quanta than this SEP's medians are as good as of a continuous one.
+COARSE = 10
+
 # What SEP itself puts for the noise of a masked pixel, and the largest number that it can sum.
 NO_WEIGHT = 1e30
 LARGEST = 1e30
@@ -1106,29 +1113,59 @@ def settle_noise(mask, noise, background, method):
 
 @timed
 def estimate_background(pixels, mask, settings):
-    """Return the `sep.Background` of an image (ny, nx), or None if SEP can use no box of it."""
+    """Return the `sep.Background` of an image (ny, nx), or None if SEP can use no box of it.
+
+    Where the noise is a few quanta SEP's medians, and so its level, are off by up to 1.4 quanta:
+    there it is given a copy in which each value is spread over its quantum.
+    """
     # SEP allocates whole boxes, also those larger than the image.
-    bw, bh = min(settings.bw, pixels.shape[1]), min(settings.bh, pixels.shape[0])
-    if not mask.any():
-        mask = None  # SEP is faster without
-    elif not has_usable_box(mask, bw, bh):
+    settings = settings.cut_to(pixels.shape)
+    if mask.any() and not has_usable_box(mask, settings):
         return None
-    return sep.Background(pixels, mask=mask, **asdict(replace(settings, bw=bw, bh=bh)))
+    keywords = {"mask": mask if mask.any() else None, **asdict(settings)}  # None is faster
+    background = sep.Background(pixels, **keywords)
+    values = sample(pixels, mask)
+    quantum = quantum_of(values)
+    if not 0 < global_rms(background) < COARSE * quantum:
+        return background
+    rng = np.random.default_rng(0)
+    noise = values - sample(background.back(), mask) + quantum * (rng.random(values.size) - 0.5)
+    low, middle, high = np.percentile(noise, [2.275, 15.866, 50])
+    # SEP's level is the mode: 5/12 of a photon below the mean, and as skew as that is the noise.
+    skew = np.clip(1.25 * (low - 2 * middle + high) / quantum, 0, 5 / 12)
+    dithered = rng.random(pixels.shape, pixels.dtype)
+    dithered += skew - 0.5
+    dithered *= quantum
+    dithered += pixels
+    return sep.Background(dithered, **keywords)
 
 
-def has_usable_box(mask, bw, bh):
+def quantum_of(values):
+    """Return the step of which all differences of the values are multiples; 0 if there is none."""
+    ends = np.percentile(values, [10, 90], method="nearest")
+    steps = np.diff(np.unique(np.clip(values, *ends)))
+    quantum = float(steps.min(initial=np.inf))
+    return quantum if steps.size and (np.abs(steps / quantum % 1 - 0.5) > 0.4).all() else 0.0
+
+
+def has_usable_box(mask, settings):
     """Tell if half of the pixels of any box are not masked; SEP takes no box with fewer."""
-    rows, columns = np.arange(0, mask.shape[0], bh), np.arange(0, mask.shape[1], bw)
-    good = np.add.reduceat(np.add.reduceat(~mask, rows, axis=0, dtype=np.int64), columns, axis=1)
-    heights, widths = np.diff(rows, append=mask.shape[0]), np.diff(columns, append=mask.shape[1])
-    return (2 * good >= np.outer(heights, widths)).any()
+    return (box_sums(~mask, settings) >= box_sums(mask, settings)).any()
+
+
+def box_sums(where, mesh):
+    """Return of how many pixels in each background box a map (ny, nx) is True."""
+    rows, columns = np.arange(0, where.shape[0], mesh.bh), np.arange(0, where.shape[1], mesh.bw)
+    return np.add.reduceat(np.add.reduceat(where, rows, axis=0, dtype=np.int64), columns, axis=1)
 
 
 def estimate_again(pixels, mask, first):
     """Return the background with the sources of a first `Field` masked, or None if that fails."""
     if first.is_noiseless():
         return None
-    grown = grow_mask(mask, find_sources(first).objects)
+    found = find_sources(first)
+    warn_of_boxes(first, found)
+    grown = grow_mask(mask, found.objects)
     background = estimate_background(pixels, grown, first.method.background)
     if background is None:
         log.warning("sources fill every background box: kept the background of the first pass")
@@ -1324,11 +1361,14 @@ def measure(field, measure_field, found, settings):
     with masked_as_neighbours(labels, measure_field.mask):
         flux, error, flag = kron_fluxes(measure_field, shapes, kron, neighbours)
         radius = half_light_radii(measure_field, shapes, flux, neighbours)
-        xwin, ywin = windowed_centroids(measure_field, shapes, radius, neighbours)
+        sigma = WINDOW_SIGMA * np.maximum(radius, 0.5)
+        xwin, ywin = windowed_centroids(measure_field, shapes, sigma, neighbours)
+        spread = windowed_errors(measure_field, xwin, ywin, sigma, neighbours)
         apertures = aperture_fluxes(measure_field, shapes, settings.aperture_diameters, neighbours)
     fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
     columns = {name: measure_field.frame.differences(values) for name, values in fluxes.items()}
     columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin}
+    columns |= spread
     measurements = pd.DataFrame(columns, index=ids[sane])
     measurements[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
     # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
@@ -1397,9 +1437,10 @@ def half_light_radii(field, shapes, flux, neighbours):
 def aperture_fluxes(field, shapes, diameters, neighbours):
     """Return the fluxes in circles, and their errors, under the names of their columns."""
     found = {}
+    keywords = {"subpix": 0, **noise_keywords(field), **neighbours}  # 0 is exact
     for diameter in diameters:
         flux, error, _ = sep.sum_circle(
-            field.residual, shapes.x, shapes.y, diameter / 2, **noise_keywords(field), **neighbours
+            field.residual, shapes.x, shapes.y, diameter / 2, **keywords
         )
         forget_empty(flux, error, field.noise)
         found |= {f"flux_{aperture(diameter)}": flux, f"fluxerr_{aperture(diameter)}": error}
@@ -1418,8 +1459,8 @@ def forget_empty(flux, error, noise):
     return empty
 
 
-def windowed_centroids(field, shapes, radius, neighbours):
-    """Return the centroids in a Gaussian window, nan where a source has no `radius`.
+def windowed_centroids(field, shapes, sigma, neighbours):
+    """Return the centroids in a Gaussian window, nan where a source has no `sigma`.
 
     SExtractor's XWIN_IMAGE and YWIN_IMAGE. `sep.winpos` knows no neighbours, and would run to a
     bright one: a source that has any in reach is measured on a stamp of its own without them.
@@ -1428,8 +1469,8 @@ def windowed_centroids(field, shapes, radius, neighbours):
     ----------
     field : Field
     shapes : Shapes
-    radius : ndarray
-        Half-light radii, pixels.
+    sigma : ndarray
+        Of the windows, pixels.
     neighbours : dict
         The map "segmap", in which masked pixels have a label too, and the sources' own, "seg_id".
 
@@ -1438,10 +1479,10 @@ def windowed_centroids(field, shapes, radius, neighbours):
     xwin, ywin : ndarray
     """
     image, labels = field.residual, neighbours["segmap"]
-    xwin, ywin = np.full((2, len(radius)), np.nan)
-    sized = np.flatnonzero(np.isfinite(radius))
+    xwin, ywin = np.full((2, len(sigma)), np.nan)
+    sized = np.flatnonzero(np.isfinite(sigma))
     ids, x, y = neighbours["seg_id"][sized], shapes.x[sized], shapes.y[sized]
-    sigma = WINDOW_SIGMA * np.maximum(radius[sized], 0.5)
+    sigma = sigma[sized]
     reach = 1.25 * WINDOW_REACH * sigma + 2  # the window moves
     _, _, flag = sep.sum_circle(image, x, y, reach, segmap=labels, seg_id=ids, subpix=1)
     crowded = (flag & sep.APER_HASMASKED) > 0
@@ -1456,6 +1497,41 @@ def windowed_centroids(field, shapes, radius, neighbours):
     found[:, strayed] = np.nan
     xwin[sized], ywin[sized] = found
     return xwin, ywin
+
+
+def windowed_errors(field, xwin, ywin, sigma, neighbours):
+    """Return the error ellipses of the windowed centroids, by column; nan where there is none.
+
+    SExtractor's ERRAWIN_IMAGE, ERRBWIN_IMAGE (pixels) and ERRTHETAWIN_IMAGE (here in radians). What
+    isn't the source's own or sky is left out; parameters else as in `windowed_centroids`.
+    """
+    image, labels, gain = field.residual, neighbours["segmap"], field.method.extraction.gain
+    noise = np.broadcast_to(field.noise, image.shape)
+    errors = np.full((3, len(xwin)), np.nan)
+    halves = np.ceil(np.minimum(WINDOW_REACH * sigma, max(image.shape)))
+    halves[np.isnan(xwin)] = np.nan
+    # All windows of one size together, row by row: fast for many sources, lean for large ones.
+    for half in np.unique(halves[halves > 0]).astype(int):
+        alike, offsets = np.flatnonzero(halves == half), np.arange(-half, half + 1)
+        x, y, s, ids = (
+            values[alike, np.newaxis] for values in (xwin, ywin, sigma, neighbours["seg_id"])
+        )
+        columns, sums = np.rint(x).astype(int) + offsets, np.zeros((4, len(alike)))
+        for rows in np.rint(y).astype(int) + offsets[:, np.newaxis, np.newaxis]:
+            at = np.clip(rows, 0, image.shape[0] - 1), np.clip(columns, 0, image.shape[1] - 1)
+            dx, dy = columns - x, rows - y
+            r = np.hypot(dx, dy) / s
+            own = (at[0] == rows) & (at[1] == columns) & (r < WINDOW_REACH)
+            own &= (labels[at] == ids) | (labels[at] == 0)
+            weight = np.exp(-(r**2) / 2)
+            light, rms = weight * np.where(own, (image[at], noise[at]), 0)
+            variance = rms**2 + weight * np.maximum(light, 0) / (gain or np.inf)
+            sums += np.sum((light, variance * dx**2, variance * dy**2, variance * dx * dy), axis=2)
+        xx, yy, xy = 4 * sums[1:] / np.where(sums[0] > 0, sums[0], np.nan) ** 2
+        mean, half_gap = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
+        axes = np.sqrt([mean + half_gap, np.maximum(mean - half_gap, 0)])
+        errors[:, alike] = *axes, np.arctan2(2 * xy, xx - yy) / 2
+    return dict(zip(("errawin", "errbwin", "errthetawin"), errors, strict=True))
 
 
 def lone_stamp(image, labels, label, x, y, reach):
@@ -1582,6 +1658,9 @@ COLUMNS = (
     Column("xwin", "pixel", "pos.cartesian.x", "windowed centroid along x"),
     Column("ywin", "pixel", "pos.cartesian.y", "windowed centroid along y"),
     Column("flag_auto", None, "meta.code", "photometry flags"),
+    Column("errawin", "pixel", "stat.error;pos.cartesian", "major axis of the error of xwin, ywin"),
+    Column("errbwin", "pixel", "stat.error;pos.cartesian", "minor axis of the error of xwin, ywin"),
+    Column("errthetawin", "rad", "stat.error;pos.posAng", "angle of the major axis of that error"),
 )
 
 
@@ -2349,9 +2428,9 @@ def run(args):
         with about(origin.name):
             mask = build_mask(pixels, mask, noise, args.mask_box)
             report_image(origin, pixels, mask)
-            level = saturation_level(args, origin)
+            level, values = saturation_level(args, origin), sample(pixels, mask)
             field = measure_field = build_field(pixels, mask, noise, method, level)
-            report_field(field)
+            report_field(field, values)
             found = find_sources(field)
             report_detections(field, found)
         if measure_pixels is not None:
@@ -2470,8 +2549,8 @@ def saturation_level(args, origin):
     return level
 
 
-def report_field(field):
-    """Tell level, noise and threshold in image values, and what is unusual about them."""
+def report_field(field, values):
+    """Tell level, noise and threshold, and what is unusual about them or a sample of the values."""
     frame, method = field.frame, field.method
     level = frame.levels(np.array(field.background.globalback, dtype=np.float64))
     rms = frame.differences(global_rms(field.background))
@@ -2485,6 +2564,8 @@ def report_field(field):
         typical = frame.differences(typical_noise(field))
         log.info("threshold     %.6g (%g x noise, median)", thresh * typical, thresh)
         warn_of_depth(method)
+    if method.measures_noise():
+        warn_of_counts(field, values)
     raised = noise_raised_by_mask(field) if method.measures_noise() else 1.0
     if raised >= MUCH_NOISIER:
         log.warning(
@@ -2492,6 +2573,40 @@ def report_field(field):
             "are lost: was it made for this image?",
             raised,
         )
+
+
+# Which part of the image may have the same value, whether the noise is measured or not; and a
+# filter for such counts, pixels, with the log of the odds against one peak of noise.
+MUCH_ALIKE = 0.4
+COUNT_FWHM = 4.0
+COUNT_ODDS = 14.0
+
+
+def warn_of_counts(field, values):
+    """Tell if most pixels have one value, and how to find sources among counts all the same."""
+    levels, numbers = np.unique(values, return_counts=True)
+    most = numbers.argmax()
+    share = numbers[most] / len(values)
+    if share <= MUCH_ALIKE or field.is_noiseless():
+        return
+    advice = "mask these pixels (--mask, --mask-box) if they hold no data"
+    rate = -math.log(share)  # of Poisson's counts
+    if numbers[most + 1 :][:1].sum() > rate / 2 * numbers[most]:
+        # Bernstein's bound of the counts under the filter
+        area = math.pi / math.log(4) * COUNT_FWHM**2
+        excess = math.sqrt(2 * rate * area * COUNT_ODDS) + COUNT_ODDS / 3
+        step, background = levels[most + 1] - levels[most], field.background.globalback
+        thresh = step * (rate + excess / area) + levels[most]
+        thresh -= field.frame.levels(np.array(background, dtype=np.float64))
+        advice = (
+            f"take an absolute threshold (--err-option none --thresh {thresh:.3g}) and smooth more "
+            f"(--filter-case gaussian --filter-fwhm {COUNT_FWHM:g})"
+        )
+    log.warning(
+        "%.0f %% of the pixels have the value %g, so that their noise has no meaning as a unit of "
+        "the threshold: %s",
+        *(100 * share, levels[most], advice),
+    )
 
 
 def warn_of_depth(method):
@@ -2514,6 +2629,8 @@ def warn_of_depth(method):
 def report_detections(field, found):
     """Tell the number of sources, and why there are none."""
     log.info("sources       %d", len(found.objects))
+    if field.method.background_passes == 1:
+        warn_of_boxes(field, found)
     if field.is_noiseless():
         log.warning("the image is constant: no sources")
     elif not len(found.objects):
@@ -2537,6 +2654,25 @@ def typical_noise(field):
     """Return the noise of a field as one number, the median of an array."""
     return (
         float(np.median(sample(field.noise, field.mask))) if np.ndim(field.noise) else field.noise
+    )
+
+
+def warn_of_boxes(field, found):
+    """Tell if sources fill background boxes, and which boxes would be large enough for them."""
+    settings = field.method.background.cut_to(field.mask.shape)
+    own = box_sums(found.segmentation > 0, settings)
+    good = box_sums(~field.mask, settings)
+    full = (2 * own > good) & (4 * good > 3 * settings.bw * settings.bh)  # no strip at the edge
+    widest = max(settings.bw, settings.bh)
+    if not full.any() or widest == max(field.mask.shape):
+        return
+    objects = found.objects
+    width, height = (objects[f"{axis}max"] - objects[f"{axis}min"] + 1 for axis in "xy")
+    size = 2 * max(widest, math.ceil(np.sqrt(width * height).max()))
+    log.warning(
+        "sources fill more than half of %d of the %d background boxes, which take their light for "
+        "background: try boxes of %d pixels (--bw %d --bh %d)",
+        *(full.sum(), full.size, size, size, size),
     )
 
 

@@ -20,7 +20,7 @@ DETECTION = ["id", *SEP_FIELDS]
 MEASUREMENT = [
     *("ra", "dec", "elongation", "fwhm", "background", "rms", "kron_radius"),
     *("flux_auto", "fluxerr_auto", "mag_auto", "magerr_auto", "snr"),
-    *("flux_radius", "xwin", "ywin", "flag_auto"),
+    *("flux_radius", "xwin", "ywin", "flag_auto", "errawin", "errbwin", "errthetawin"),
 ]
 COLUMNS = DETECTION + MEASUREMENT
 

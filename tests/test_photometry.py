@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from common import extract, read_catalog, rows_at
 from sky import grid_positions, simulate, vstack
 from sky import stars as star_table
+from truth import nearest
 
 # ---------------------------------------------------------------------------------------------
 # Definitions: sums over the subtracted image, by numpy
@@ -70,18 +71,36 @@ def elliptical_radius(source, shape):
     return np.hypot(along / source.a, across / source.b)
 
 
-def circle(source, diameter, shape, subpixels=5):
-    """Return the part of each pixel in a circle, counted on a grid of subpixels."""
-    offsets = (np.arange(subpixels) + 0.5) / subpixels - 0.5
-    rows, columns = (
-        np.flatnonzero(np.abs(np.arange(size) - centre) < diameter / 2 + 1)
+def circle(source, diameter, shape):
+    """Return the part of each pixel in a circle: exact, by differences of `disc_below`."""
+    y, x = (
+        np.arange(size + 1) - 0.5 - centre
         for size, centre in zip(shape, (source.y, source.x), strict=True)
     )
-    dy, dx = np.add.outer(rows - source.y, offsets), np.add.outer(columns - source.x, offsets)
-    weight = np.zeros(shape)
-    inside = np.add.outer(dy**2, dx**2) < diameter**2 / 4
-    weight[np.ix_(rows, columns)] = inside.mean(axis=(1, 3))
-    return weight
+    corners = disc_below(x, y[:, np.newaxis], diameter / 2)
+    return np.diff(np.diff(corners, axis=0), axis=1)
+
+
+def disc_below(x, y, r):
+    """Return the area of the part of a disc about 0 that has abscissae < x and ordinates < y."""
+    x, y = np.clip(x, -r, r), np.clip(y, -r, r)
+    c = np.sqrt(r**2 - y**2)  # the line of height y is a chord from -c to c
+
+    def under_arc(x):
+        return (x * np.sqrt(r**2 - x**2) + r**2 * np.arcsin(x / r)) / 2
+
+    middle = np.clip(x, -c, c)
+    area = under_arc(middle) - under_arc(-c) + y * (middle + c)
+    sides = under_arc(np.minimum(x, -c)) - under_arc(-r) + under_arc(np.maximum(x, c))
+    return area + np.where(y > 0, 2 * (sides - under_arc(c)), 0)
+
+
+def test_disc_below_is_the_area_that_a_fine_grid_counts():
+    grid = np.linspace(-3, 3, 1501)[:-1] + 0.002
+    inside = np.hypot(grid, grid[:, np.newaxis]) < 2.5
+    for x, y in ((-1.7, -2.0), (0.4, -1.1), (2.2, 0.3), (-2.2, 1.9), (9.0, 9.0)):
+        counted = np.count_nonzero(inside[grid < y][:, grid < x]) * 0.004**2
+        assert disc_below(x, y, 2.5) == pytest.approx(counted, abs=0.02)
 
 
 def own_or_sky(segmentation, source):
@@ -159,6 +178,52 @@ def test_half_of_auto_falls_within_flux_radius(measured):
         weight = circle(source, 2 * source.flux_radius, measured.residual.shape)
         weight *= own_or_sky(measured.segmentation, source)
         assert np.sum(weight * measured.residual) == pytest.approx(source.flux_auto / 2, rel=0.05)
+
+
+def error_ellipse(residual, noise, own, x, y, sigma, gain=np.inf):
+    """Return axes and angle of the error ellipse of a windowed centroid, as SExtractor's manual."""
+    rows, columns = np.indices(residual.shape)
+    dx, dy = columns - x, rows - y
+    r = np.hypot(dx, dy)
+    weight = np.where(own & (r < 4 * sigma), np.exp(-(r**2) / (2 * sigma**2)), 0)
+    variance = weight**2 * (noise**2 + np.maximum(residual, 0) / gain)
+    xx, yy, xy = (
+        4 * np.sum(variance * moment) / np.sum(weight * residual) ** 2
+        for moment in (dx**2, dy**2, dx * dy)
+    )
+    (minor, major), axes = np.linalg.eigh([[xx, xy], [xy, yy]])
+    return math.sqrt(major), math.sqrt(minor), math.atan(axes[1, 1] / axes[0, 1])
+
+
+def test_position_errors_are_sextractors_without_neighbours(measured):
+    known = measured.catalog[measured.catalog["xwin"].notna()]
+    assert len(known) > 20
+    for source in known.itertuples():
+        a, b, theta = error_ellipse(
+            *(measured.residual, measured.noise, own_or_sky(measured.segmentation, source)),
+            *(source.xwin, source.ywin, 2 / 2.35 * max(source.flux_radius, 0.5)),
+        )
+        assert (source.errawin, source.errbwin) == pytest.approx((a, b), rel=1e-5)
+        if a > 1.01 * b:
+            turned = source.errthetawin - theta
+            assert math.remainder(turned, math.pi) == pytest.approx(0, abs=1e-3)
+    lost = measured.catalog[measured.catalog["xwin"].isna()]
+    assert lost[["errawin", "errbwin", "errthetawin"]].isna().all(axis=None)
+
+
+def test_position_errors_leave_out_masked_pixels_and_what_is_beyond_the_edge(run, write, stars):
+    stars[:, 82:84] = np.nan
+    image, gain = np.ascontiguousarray(stars[59:]), 3.0
+    subtracted = write(image).with_name("subtracted.fits")
+    result = run(write(image, "cut.fits"), "--subtracted", subtracted, "--gain", gain)
+    source = rows_at(result.catalog, [80], [2]).iloc[0]
+    residual, known = np.nan_to_num(fits.getdata(subtracted).astype(float)), np.isfinite(image)
+    own = known & own_or_sky(result.image("segmentation"), source)
+    noise = sep.Background(image, mask=~known).globalrms
+    sigma = 2 / 2.35 * source.flux_radius
+    a, b, _ = error_ellipse(residual, noise, own, source.xwin, source.ywin, sigma, gain)
+    assert (source.errawin, source.errbwin) == pytest.approx((a, b), rel=1e-5)
+    assert a > 1.05 * b
 
 
 def test_auto_is_seps_with_sextractors_recipe(measured):
@@ -299,6 +364,25 @@ def test_windowed_centroids_are_better_than_barycentres(isolated):
     assert found["xwin"].notna().all()
     assert windowed.median() < 0.85 * barycentre.median()
     assert (windowed[truth["flux"] > 1000]).median() < 0.04
+
+
+@pytest.mark.parametrize("gain", [None, 2.0])
+@pytest.mark.parametrize("noise", ["float_globalrms", "array_rms"])
+def test_position_errors_are_those_of_the_windowed_centroids(run, write, noise, gain):
+    shape = (990, 990)
+    x, y = grid_positions(shape, 33, seed=1)
+    sources = star_table(x, y, np.geomspace(100, 3000, len(x)), fwhm=FWHM)
+    image, _ = simulate(shape, sources, seed=2, level=50, noise=1, gain=gain)
+    options = ("--err-option", noise, "--thresh", 5, *(("--gain", gain) if gain else ()))
+    catalog = run(write(image), *options).catalog
+    catalog = catalog[catalog["snr"] > 10].reset_index(drop=True)
+    index, _ = nearest(catalog, {"x": x, "y": y})
+    dx, dy = catalog["xwin"] - x[index], catalog["ywin"] - y[index]
+    cos, sin = np.cos(catalog["errthetawin"]), np.sin(catalog["errthetawin"])
+    along, across = dx * cos + dy * sin, dy * cos - dx * sin
+    assert len(catalog) > 300
+    assert 0.9 < (along / catalog["errawin"]).std() < 1.1
+    assert 0.9 < (across / catalog["errbwin"]).std() < 1.1
 
 
 def test_isolated_sources_have_no_flag(isolated):

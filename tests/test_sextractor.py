@@ -31,5 +31,7 @@ def test_measuring_on_another_image_is_sextractors(tmp_path):
     ours = detect(image, *options, header=header)
     _, gaps = compare(ours, run_sextractor(image, header, other), 10)
     assert len(gaps) > 10
-    for name in ("kron_radius", "flux_auto", "fluxerr_auto", "flux_radius", "flux_aper_6"):
-        assert gaps[name].median() < 0.1, name
+    # Circles are exact here; SExtractor counts 5 x 5 subpixels of each pixel.
+    limits = {"flux_aper_6": 0.3, "fluxerr_aper_6": 0.3}
+    for name in ("kron_radius", "flux_auto", "fluxerr_auto", "flux_radius", *limits):
+        assert gaps[name].median() < limits.get(name, 0.1), name

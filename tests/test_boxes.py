@@ -1,0 +1,91 @@
+"""Background boxes that sources fill, and the size that a warning says to try."""
+
+import re
+
+import numpy as np
+import pytest
+
+from common import DATA
+from contract import one_line
+from sky import galaxies, simulate
+
+SHAPE = (1000, 1000)
+TOLD = re.compile(
+    one_line(
+        "warning", r"sources fill more than half of (\d+) of the \d+ .*\((--bw \d+ --bh \d+)\)"
+    )
+)
+
+
+def cells(diameter, *centres):
+    """Return an image of flat discs 100 high on 200, and the flux of one of them."""
+    y, x = np.indices(SHAPE)
+    discs = [
+        100 * np.clip(0.5 + (diameter / 2 - np.hypot(x - x0, y - y0)) / 3, 0, 1)
+        for x0, y0 in centres
+    ]
+    noise = np.random.default_rng(1).normal(200, 5, SHAPE)
+    return (noise + sum(discs)).astype(np.float32), discs[0].sum()
+
+
+def galaxy(radius):
+    flux = 2e3 * radius**2
+    source = galaxies(510.0, 490.0, flux, n=1, a=radius, b=0.8 * radius)
+    return simulate(SHAPE, source, noise=5, level=200, seed=1)[0], flux
+
+
+LOSING = {
+    "cell of 300 pixels": lambda: cells(300, (510, 490)),
+    "cell of 150 pixels": lambda: cells(150, (510, 490)),
+    "galaxy of 60 pixels": lambda: galaxy(60.0),
+    "galaxy of 40 pixels": lambda: galaxy(40.0),
+}
+
+
+def brightest(result):
+    return max(result.catalog["flux_auto"], default=0)
+
+
+@pytest.mark.parametrize("kind", LOSING)
+def test_the_advised_boxes_keep_the_light(run, write, kind):
+    image, flux = LOSING[kind]()
+    path = write(image)
+    small = run(path)
+    assert brightest(small) < 0.98 * flux
+    large = run(path, *TOLD.search(small.err).group(2).split())
+    assert brightest(large) > 0.955 * flux
+
+
+def test_two_passes_warn_once_of_what_the_first_loses(run, write):
+    image, flux = cells(300, (510, 490))
+    path = write(image)
+    small = run(path, "--background-passes", 2)
+    assert len(TOLD.findall(small.err)) == 1
+    large = run(path, "--background-passes", 2, *TOLD.search(small.err).group(2).split())
+    assert brightest(large) > 0.955 * flux
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_small_sources_cost_no_warning(run, write, passes):
+    places = [(x, y) for x in range(75, 1000, 150) for y in range(75, 1000, 150)]
+    image, flux = cells(40, *places)
+    result = run(write(image), "--background-passes", passes)
+    assert result.catalog["flux"].median() == pytest.approx(flux, rel=0.02)
+    assert not TOLD.search(result.err)
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [("sky.fits", True), ("hubble_deep_field.tiff", False), ("stack.fits", False)],
+)
+def test_images_of_the_tests(run, name, warned):
+    planes = ("--plane", 0) if name != "sky.fits" else ()
+    assert bool(TOLD.search(run(DATA / name, *planes).err)) == warned
+
+
+def test_masked_pixels_do_not_count_as_free(run, write):
+    image, _ = cells(46, (480, 416))  # 40 % of the box that it lies in
+    path = write(image)
+    assert not TOLD.search(run(path).err)
+    masked = run(path, "--mask-box", 448, 511, 384, 391, "--mask-box", 504, 511, 384, 447)
+    assert TOLD.search(masked.err).group(1) == "1"

@@ -1,0 +1,140 @@
+"""Counts: the level of integers with little noise, and photons too sparse for any."""
+
+import re
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from numpy.testing import assert_array_equal
+
+from common import extract, read_catalog
+from contract import one_line
+from same_as_sep import assert_same, direct
+from sky import grid_positions, simulate
+from sky import stars as star_table
+from truth import match
+
+SHAPE = (512, 512)
+
+
+def gaussian(level, noise):
+    return np.rint(np.random.default_rng(5).normal(level, noise, SHAPE))
+
+
+def photons(rate):
+    return np.random.default_rng(5).poisson(rate, SHAPE)
+
+
+# ---------------------------------------------------------------------------------------------
+# The level
+# ---------------------------------------------------------------------------------------------
+
+COUNTS = {
+    **{
+        f"noise {noise}, {part}": (gaussian, 100 + part, noise)
+        for noise in (1, 2, 4)
+        for part in (0.3, 0.5, 0.8)
+    },
+    **{f"{rate} photons": (photons, rate) for rate in (0.5, 1, 1.3, 2.5, 2.7, 5.4, 10.6)},
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_the_level_of_counts_is_right_to_a_tenth(run, write, kind):
+    make, level, *noise = COUNTS[kind]
+    result = run(write(make(level, *noise).astype(np.int16)))
+    assert result.code == 0
+    assert result.image("background").mean() == pytest.approx(level, abs=0.13)
+
+
+@pytest.mark.parametrize(("scale", "zero"), [(0.25, 0.0), (0.1, 500.0), (40.0, -7.0)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_any_quantum_will_do(run, write, scale, zero, dtype):
+    image = (gaussian(100.5, 2) * scale + zero).astype(dtype)
+    level = (run(write(image)).image("background").mean() - zero) / scale
+    assert level == pytest.approx(100.5, abs=0.1)
+
+
+def test_scaled_integers_are_as_good_as_floats(run, tmp_path):
+    hdu = fits.PrimaryHDU(gaussian(100.5, 2).astype(np.int16))
+    hdu.header["BSCALE"], hdu.header["BZERO"] = 0.003, 12.0
+    hdu.writeto(tmp_path / "scaled.fits")
+    level = run(tmp_path / "scaled.fits").image("background").mean()
+    assert (level - 12) / 0.003 == pytest.approx(100.5, abs=0.15)
+
+
+def test_fluxes_of_stars_on_counts_are_right(run, write):
+    shape = (660, 660)
+    x, y = grid_positions(shape, 33, seed=1)
+    image, _ = simulate(shape, star_table(x, y, 300.0), seed=2, level=100.5, noise=2.0)
+    catalog = run(write(np.rint(image).astype(np.int16)), "--aperture-diameters", 20).catalog
+    pull = (catalog["flux_aper_20"] - 300) / catalog["fluxerr_aper_20"]
+    assert abs(pull.median()) < 1
+
+
+def test_the_same_counts_give_the_same_products(tmp_path):
+    fits.writeto(tmp_path / "image.fits", photons(2.5).astype(np.int16))
+    images = []
+    for name in "ab":
+        extract(tmp_path / "image.fits", "-o", tmp_path / name)
+        images.append(fits.getdata(tmp_path / name / "background.fits"))
+    assert_array_equal(*images)
+
+
+@pytest.mark.parametrize(
+    "image", [gaussian(100.5, 14), gaussian(100.5, 2) + 0.01 * gaussian(0, 20)]
+)
+def test_much_noise_or_no_quantum_leaves_all_to_sep(run, write, image):
+    image = image.astype(np.float32)
+    assert_same(run(write(image)), direct(image))
+
+
+# ---------------------------------------------------------------------------------------------
+# Sparse photons
+# ---------------------------------------------------------------------------------------------
+
+ADVICE = re.compile(
+    one_line(
+        "warning",
+        r"[\d.]+ % of the pixels have the value \S+, .*absolute threshold \((.*?)\).*\((.*?)\)",
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("rate", "quantum"), [(0.01, 1), (0.03, 1), (0.1, 1), (0.1, 2.5), (0.3, 2.5), (0.6, 1)]
+)
+@pytest.mark.parametrize("flux", [0, 60])
+def test_the_advice_finds_the_sources_and_no_others(run, write, tmp_path, rate, flux, quantum):
+    shape = (600, 600)
+    x, y = grid_positions(shape, 50, seed=1)
+    light, _ = simulate(shape, star_table(x, y, max(flux, 1e-3)), level=rate, noise=0.0)
+    image = np.random.default_rng(8).poisson(light).astype(np.float32) * np.float32(quantum)
+    result = run(write(image))
+    threshold, smoothing = ADVICE.search(result.err).groups()
+    advised = tmp_path / "advised"
+    extract(tmp_path / "image.fits", "-o", advised, *threshold.split(), *smoothing.split())
+    catalog = read_catalog(advised)
+    if flux == 0:
+        assert len(catalog) == 0
+    else:
+        found, _ = match(catalog, {"x": x, "y": y}, 3)
+        assert len(found) >= 0.97 * len(x)
+        assert len(catalog) - len(found) <= 0.01 * len(catalog)
+
+
+@pytest.mark.parametrize("rate", [1, 2, 30])
+def test_usable_counts_cost_no_warning(run, write, rate):
+    result = run(write(photons(rate).astype(np.int16)))
+    assert "have the value" not in result.err
+
+
+def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
+    image = np.random.default_rng(1).normal(100, 5, SHAPE).astype(np.float32)
+    image[:, :230] = 0
+    result = run(write(image))
+    assert re.search(
+        one_line("warning", r"45 % of the pixels have the value 0, .*mask these.*"), result.err
+    )
+    masked = run(write(image, "masked.fits"), "--mask-box", 0, 229, 0, 511)
+    assert "have the value" not in masked.err
