@@ -1024,11 +1024,17 @@ def grow_limits(error, pixels):
 
 
 def suits_sep(field):
-    """Tell if SEP can clean: few objects, in the units in which it detects them."""
-    size = field.mask.size
+    """Tell if SEP can clean: few objects, by a sample, in the units in which it detects them."""
+    if field.depth():
+        return False
+    size, nx = field.mask.size, field.mask.shape[1]
     where = np.random.default_rng(0).integers(size, size=20_000)
-    above = (filter_at(field, where, field.method.kernel)[1] > 0).mean()
-    return not field.depth() and above * size < FEW * field.method.extraction.minarea
+    here, *before = (
+        filter_at(field, (where - back) % size, field.method.kernel)[1] > 0
+        for back in (0, 1, nx - 1, nx, nx + 1)
+    )
+    starts = (here & ~np.any(before, axis=0)).mean()
+    return min(starts, here.mean() / field.method.extraction.minarea) * size < FEW
 
 
 def settle_objects(field, objects, labels, cleaned):
@@ -1085,6 +1091,7 @@ def filter_at(field, where, kernel):
     if where.size > PORTION:
         portions = np.array_split(where, where.size // PORTION + 1)
         return np.hstack([filter_at(field, portion, kernel) for portion in portions])
+    weighs = kernel is not None and field.depth() is not None
     kernel = np.ones((1, 1), np.float32) if kernel is None else kernel / np.abs(kernel).sum()
     thresh, (ny, nx) = np.float32(field.method.extraction.thresh), field.mask.shape
     noise = field.noise if field.method.err_option != "none" else 1
@@ -1095,11 +1102,11 @@ def filter_at(field, where, kernel):
         at = (y * nx + x)[inside]
         seen = part * np.where(field.mask.take(at), 0, field.residual.take(at)).astype(np.float32)
         light[inside] += seen
-        if field.depth():
+        if weighs:
             precision = 1 / np.square(noise.take(at), dtype=np.float64)
             weighted[inside] += seen * precision
             weight[inside] += part**2 * precision
-    if field.depth():
+    if weighs:
         significance = weighted / np.sqrt(weight) - thresh
         return np.array([light, significance * np.square(kernel).sum() / np.sqrt(weight)])
     noise = noise.take(where) if np.ndim(noise) else noise
@@ -1160,11 +1167,8 @@ def close_pairs(x, y, reach):
     """
     size = np.where(np.isfinite(x + y + reach), np.frexp(reach)[1], -9999)
     for level in np.unique(size[size > -9999]):
-        far, near, seekers = (
-            2.0**level,
-            np.flatnonzero(size == level),
-            np.flatnonzero(size >= level),
-        )
+        near, seekers = np.flatnonzero(size == level), np.flatnonzero(size >= level)
+        far = 2.0**level
         span = reach[seekers] + far
         width = 2 * (x[seekers] + span).max()
         place = np.floor(y[near] / far) * width + x[near]
