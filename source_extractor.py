@@ -797,7 +797,7 @@ class Field:
         kernel, matched = self.method.kernel, self.method.extraction.filter_type == "matched"
         if kernel is None or np.ndim(self.noise) == 0 or not matched:
             return None
-        return float(np.abs(kernel).sum() / np.linalg.norm(kernel.astype(np.float64)))
+        return float(np.abs(kernel, dtype=np.float64).sum() / np.linalg.norm(kernel.astype(float)))
 
 
 @timed
@@ -1082,6 +1082,7 @@ def recount(field, objects, where, owner):
         objects[f"x{kind}peak"][cut], objects[f"y{kind}peak"][cut] = x[top], y[top]
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def filter_at(field, where, kernel):
     """Return the image filtered as SEP does it, and how far that is above the threshold.
 
@@ -1113,6 +1114,7 @@ def filter_at(field, where, kernel):
     return np.array([light, light - thresh * np.float32(noise)])
 
 
+@np.errstate(all="ignore")
 def survive_cleaning(field, objects, where, owner):
     """Tell which objects are more than the light of a brighter neighbour, as SExtractor's CLEAN.
 
@@ -1132,21 +1134,18 @@ def survive_cleaning(field, objects, where, owner):
     flux, a, cxx, cyy, cxy = (
         objects[name].astype(np.float32) for name in ("cflux", "a", "cxx", "cyy", "cxy")
     )
-    with np.errstate(all="ignore"):
-        steepness = -2 * np.log(np.where(thresh < half, thresh / half, 0.99)) * area
-        filling = np.minimum(np.maximum(objects["tnpix"] - core, 1) / steepness, 1)
-        height = flux / (2 * area * filling)
-        alpha = ((height / thresh) ** (1 / beta) - 1) * area / npix
+    steepness = -2 * np.log(np.where(thresh < half, thresh / half, 0.99)) * area
+    filling = np.minimum(np.maximum(objects["tnpix"] - core, 1) / steepness, 1)
+    height = flux / (2 * area * filling)
+    alpha = ((height / thresh) ** (1 / beta) - 1) * area / npix
     meals = [np.empty((3, 0), int)]
     for i, j in close_pairs(x, y, CLEAN_ZONE * a):
         eater = np.where(flux[j] < flux[i], i, j)
         eaten = i + j - eater
         dx, dy = (x[i] - x[j]).astype(np.float32), (y[i] - y[j]).astype(np.float32)
-        with np.errstate(all="ignore"):
-            spread = 1 + alpha[eater] * (
-                cxx[eater] * dx * dx + cyy[eater] * dy * dy + cxy[eater] * dx * dy
-            )
-            light = np.where(spread < 1e10, height[eater] * spread**-beta, 0)
+        ellipse = cxx[eater] * dx * dx + cyy[eater] * dy * dy + cxy[eater] * dx * dy
+        spread = 1 + alpha[eater] * ellipse
+        light = np.where(spread < 1e10, height[eater] * spread**-beta, 0)
         eats = (spread > 1) & (light.astype(np.float32) > margin[eaten])
         eats &= dx * dx + dy * dy <= CLEAN_ZONE**2 * (a[i] + a[j]) ** 2
         meals.append(np.array([i, j, eaten])[:, eats])
