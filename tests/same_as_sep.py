@@ -133,8 +133,8 @@ def assert_same_objects(result, objects):
     whole = (objects["flag"] & CUT) == 0
     for name in SEP_FIELDS:
         found = catalog[name].to_numpy(float)
-        rounding = np.where(whole, 1e-12 if name == "thresh" else 0, 1e-5) * np.abs(objects[name])
-        wrong = ~(np.abs(found - objects[name]) <= rounding)
+        rounding = np.where(whole, 1e-12 if name == "thresh" else 0, 1e-5)
+        wrong = ~np.isclose(found, objects[name], rounding, 0, equal_nan=True)
         assert not wrong.any(), (name, found[wrong], objects[name][wrong])
 
 
