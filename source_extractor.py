@@ -1024,6 +1024,17 @@ class Field:
         """Tell if the noise was to be measured, and there is none."""
         return self.method.measures_noise() and global_rms(self.background) == 0
 
+    def depth(self):
+        """Return how many times deeper than its threshold SEP goes with a matched filter, or None.
+
+        For white noise: where it has an array n of noise, SEP compares sum(k f / n^2) /
+        sqrt(sum(k^2 / n^2)) with the threshold, but else sum(k f) / sum|k| with n times that.
+        """
+        kernel, matched = self.method.kernel, self.method.extraction.filter_type == "matched"
+        if kernel is None or np.ndim(self.noise) == 0 or not matched:
+            return None
+        return float(np.abs(kernel, dtype=np.float64).sum() / np.linalg.norm(kernel.astype(float)))
+
 
 @timed
 def build_field(pixels, mask, noise, method, saturation=math.nan):
@@ -1216,6 +1227,10 @@ MAX_SUB_OBJECTS = 32767
 # What `flag` says beside SEP's own bits; the first is SExtractor's.
 SATURATED = 4
 BRIDGED = 256
+CUT = 512  # the mask took pixels of it
+FEW = 10_000  # objects that SEP cleans in no time, quadratic as it is in their number
+CLEAN_ZONE = 10.0  # SExtractor's: how far cleaning looks, in units of the sum of both a
+PORTION = 2**18  # pixels, or pairs of objects, to work on at a time
 
 
 class Detections(NamedTuple):
@@ -1227,7 +1242,7 @@ class Detections(NamedTuple):
 
 @timed
 def find_sources(field):
-    """Run `sep.extract`, with its internal limits grown as far as this image needs.
+    """Run `sep.extract`, its internal limits grown as far as this image needs, and clean up.
 
     Meanwhile masked pixels in the first rows of the residual are 0.
 
@@ -1254,6 +1269,7 @@ def find_sources(field):
         "err": None if field.method.err_option == "none" else field.noise,
         "filter_kernel": kernel,
         "segmentation_map": True,
+        "clean": field.method.extraction.clean and suits_sep(field),
     }
     sep.set_extract_pixstack(PIXEL_STACK)
     sep.set_sub_object_limit(SUB_OBJECTS)
@@ -1262,9 +1278,12 @@ def find_sources(field):
     with replaced(residual[first], mask[first], 0):
         while True:
             try:
-                return Detections(*sep.extract(residual, mask=mask, **keywords))
+                found = sep.extract(residual, mask=mask, **keywords)
+                break
             except Exception as error:  # SEP raises nothing narrower
                 grow_limits(error, residual.size)
+    cleaned = keywords["clean"] or not field.method.extraction.clean
+    return settle_objects(field, *found, cleaned)
 
 
 def flag_pixels(objects, segmentation, where, bit):
@@ -1307,6 +1326,174 @@ def grow_limits(error, pixels):
         ) from error
     else:
         raise InputError(f"SEP gave up: {one_line(error)}") from error
+
+
+def suits_sep(field):
+    """Tell if SEP can clean: few objects, by a sample, in the units in which it detects them."""
+    if field.depth():
+        return False
+    size, nx = field.mask.size, field.mask.shape[1]
+    where = np.random.default_rng(0).integers(size, size=20_000)
+    here, *before = (
+        filter_at(field, (where - back) % size, field.method.kernel)[1] > 0
+        for back in (0, 1, nx - 1, nx, nx + 1)
+    )
+    starts = (here & ~np.any(before, axis=0)).mean()
+    return min(starts, here.mean() / field.method.extraction.minarea) * size < FEW
+
+
+def settle_objects(field, objects, labels, cleaned):
+    """Clean SEP's objects, unless they are, and take masked pixels from them; number them anew.
+
+    One that loses pixels has them counted, its filtered flux summed and its peaks found again;
+    position and shape stay as they are, for the filter has bridged the gap.
+    """
+    where = np.flatnonzero(labels)
+    where = where[np.argsort(labels.take(where), kind="stable")]
+    owner = labels.take(where) - 1
+    good = ~field.mask.take(where)
+    left = np.bincount(owner[good], minlength=len(objects))
+    if field.depth():
+        noise = np.bincount(owner[good], field.noise.take(where[good]), len(objects))
+        thresh = field.method.extraction.thresh / field.depth() * noise / np.maximum(left, 1)
+        bright = filter_at(field, where, None)[0] > thresh[owner]
+        objects["thresh"], objects["tnpix"] = thresh, np.bincount(owner[bright], None, len(objects))
+    kept = left > 0
+    if not cleaned:
+        kept &= survive_cleaning(field, objects, where, owner)
+    again = good & (kept & (left < objects["npix"]))[owner]
+    if again.any():
+        recount(field, objects, where[again], owner[again])
+    labels.put(where, np.where(good & kept[owner], np.cumsum(kept)[owner], 0))
+    return Detections(objects[kept], labels)
+
+
+def recount(field, objects, where, owner):
+    """Describe objects anew, in place, by the pixels left to them."""
+    y, x = np.divmod(where, field.mask.shape[1])
+    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    last = np.append(first[1:], len(owner)) - 1
+    cut = owner[first]
+    objects["flag"][cut] |= CUT
+    objects["npix"][cut] = last - first + 1
+    for axis, at in (("x", x), ("y", y)):
+        objects[f"{axis}min"][cut] = np.minimum.reduceat(at, first)
+        objects[f"{axis}max"][cut] = np.maximum.reduceat(at, first)
+    for kind, kernel in (("", None), ("c", field.method.kernel)):
+        values = filter_at(field, where, kernel)[0]
+        top = np.lexsort((values, owner))[last]
+        objects[f"{kind}flux"][cut] = np.add.reduceat(values, first)
+        objects[f"{kind}peak"][cut] = values[top]
+        objects[f"x{kind}peak"][cut], objects[f"y{kind}peak"][cut] = x[top], y[top]
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def filter_at(field, where, kernel):
+    """Return the image filtered as SEP does it, and how far that is above the threshold.
+
+    At flat indices `where` only; for a filter that weighs pixels by their noise the latter is what
+    it would be with noise that is even nearby.
+    """
+    if where.size > PORTION:
+        portions = np.array_split(where, where.size // PORTION + 1)
+        return np.hstack([filter_at(field, portion, kernel) for portion in portions])
+    weighs = kernel is not None and field.depth() is not None
+    kernel = np.ones((1, 1), np.float32) if kernel is None else kernel / np.abs(kernel).sum()
+    thresh, (ny, nx) = np.float32(field.method.extraction.thresh), field.mask.shape
+    noise = field.noise if field.method.err_option != "none" else 1
+    light, weighted, weight = np.zeros((3, where.size), np.float32)
+    for (row, column), part in np.ndenumerate(kernel):
+        y, x = where // nx + row - kernel.shape[0] // 2, where % nx + column - kernel.shape[1] // 2
+        inside = (y >= 0) & (y < ny) & (x >= 0) & (x < nx)
+        at = (y * nx + x)[inside]
+        seen = part * np.where(field.mask.take(at), 0, field.residual.take(at)).astype(np.float32)
+        light[inside] += seen
+        if weighs:
+            precision = 1 / np.square(noise.take(at), dtype=np.float64)
+            weighted[inside] += seen * precision
+            weight[inside] += part**2 * precision
+    if weighs:
+        significance = weighted / np.sqrt(weight) - thresh
+        return np.array([light, significance * np.square(kernel).sum() / np.sqrt(weight)])
+    noise = noise.take(where) if np.ndim(noise) else noise
+    return np.array([light, light - thresh * np.float32(noise)])
+
+
+@np.errstate(all="ignore")
+def survive_cleaning(field, objects, where, owner):
+    """Tell which objects are more than the light of a brighter neighbour, as SExtractor's CLEAN.
+
+    Around an object light falls off as (1 + alpha r^2)^-`clean_param`. It eats a neighbour of whose
+    pixels (flat indices `where`, by `owner`) fewer than `minarea` stand above the threshold without
+    it. What has been eaten when its turn comes eats no other.
+    """
+    settings, npix, thresh = field.method.extraction, objects["npix"], objects["thresh"]
+    beta = settings.clean_param
+    margin = filter_at(field, where, field.method.kernel)[1]
+    margin = np.append(margin[np.lexsort((-margin, owner))], 0)
+    nth = np.where(npix < settings.minarea, -1, np.cumsum(npix) - npix + settings.minarea - 1)
+    margin = margin[nth]
+    half = (thresh + objects["peak"]) / 2
+    core = np.bincount(owner[filter_at(field, where, None)[0] > half[owner]], None, len(objects))
+    x, y, area = objects["x"], objects["y"], np.pi * objects["a"] * objects["b"]
+    flux, a, cxx, cyy, cxy = (
+        objects[name].astype(np.float32) for name in ("cflux", "a", "cxx", "cyy", "cxy")
+    )
+    steepness = -2 * np.log(np.where(thresh < half, thresh / half, 0.99)) * area
+    filling = np.minimum(np.maximum(objects["tnpix"] - core, 1) / steepness, 1)
+    height = flux / (2 * area * filling)
+    alpha = ((height / thresh) ** (1 / beta) - 1) * area / npix
+    meals = [np.empty((3, 0), int)]
+    for i, j in close_pairs(x, y, CLEAN_ZONE * a):
+        eater = np.where(flux[j] < flux[i], i, j)
+        eaten = i + j - eater
+        dx, dy = (x[i] - x[j]).astype(np.float32), (y[i] - y[j]).astype(np.float32)
+        ellipse = cxx[eater] * dx * dx + cyy[eater] * dy * dy + cxy[eater] * dx * dy
+        spread = 1 + alpha[eater] * ellipse
+        light = np.where(spread < 1e10, height[eater] * spread**-beta, 0)
+        eats = (spread > 1) & (light.astype(np.float32) > margin[eaten])
+        eats &= dx * dx + dy * dy <= CLEAN_ZONE**2 * (a[i] + a[j]) ** 2
+        meals.append(np.array([i, j, eaten])[:, eats])
+    i, j, eaten = (meals := np.hstack(meals))[:, np.lexsort(meals[1::-1])]
+    alive = np.ones(len(objects), bool)
+    turns = np.flatnonzero(np.diff(i, prepend=-1, append=-1))
+    for turn in map(slice, turns[:-1], turns[1:]):
+        if alive[i[turn.start]]:
+            alive[eaten[turn][alive[j[turn]]]] = False
+    return alive
+
+
+def close_pairs(x, y, reach):
+    """Yield, in portions, all pairs i < j no further apart than they reach together, and some more.
+
+    Those that reach alike, within a factor of 2, lie in rows as high as that; in each of these, all
+    that reach as far, or further, look up the stretch that they reach.
+    """
+    size = np.where(np.isfinite(x + y + reach), np.frexp(reach)[1], -9999)
+    for level in np.unique(size[size > -9999]):
+        near, seekers = np.flatnonzero(size == level), np.flatnonzero(size >= level)
+        far = 2.0**level
+        span = reach[seekers] + far
+        width = 2 * (x[seekers] + span).max()
+        place = np.floor(y[near] / far) * width + x[near]
+        near, place = near[np.argsort(place)], np.sort(place)
+        rows = 2 * np.ceil(span / far).astype(int) + 1
+        row = np.repeat(np.floor(y[seekers] / far) - rows // 2, rows) + count_up(rows)
+        seekers, span = np.repeat(seekers, rows), np.repeat(span, rows)
+        first = np.searchsorted(place, row * width + x[seekers] - span)
+        count = np.searchsorted(place, row * width + x[seekers] + span) - first
+        ends = np.cumsum(count)
+        cuts = np.searchsorted(ends, np.arange(PORTION, ends[-1], PORTION))
+        for part in np.split(np.arange(len(count)), cuts):
+            i = np.repeat(seekers[part], count[part])
+            j = near[np.repeat(first[part], count[part]) + count_up(count[part])]
+            once = (size[i] > level) | (i < j)
+            yield np.minimum(i, j)[once], np.maximum(i, j)[once]
+
+
+def count_up(counts):
+    """Return 0, 1, ... for each of the counts, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2562,8 +2749,9 @@ def report_field(field, values):
         log.info("threshold     %.6g (%g x rms)", thresh * rms, thresh)
     else:
         typical = frame.differences(typical_noise(field))
-        log.info("threshold     %.6g (%g x noise, median)", thresh * typical, thresh)
-        warn_of_depth(method)
+        thresh /= field.depth() or 1
+        log.info("threshold     %.6g (%.4g x noise, median)", thresh * typical, thresh)
+        warn_of_depth(field)
     if method.measures_noise():
         warn_of_counts(field, values)
     raised = noise_raised_by_mask(field) if method.measures_noise() else 1.0
@@ -2609,16 +2797,11 @@ def warn_of_counts(field, values):
     )
 
 
-def warn_of_depth(method):
-    """Tell how much deeper than on a global noise a matched filter goes with a noise image.
-
-    For white noise: SEP compares sum(k f / n^2) / sqrt(sum(k^2 / n^2)) with the threshold where it
-    has an array n, but sum(k f) / sum|k| with n times the threshold where it has one number.
-    """
-    if method.kernel is None or method.extraction.filter_type != "matched":
+def warn_of_depth(field):
+    """Tell how much deeper than on a global noise a matched filter goes with a noise image."""
+    thresh, depth = field.method.extraction.thresh, field.depth()
+    if depth is None:
         return
-    kernel, thresh = method.kernel.astype(np.float64), method.extraction.thresh
-    depth = float(np.abs(kernel).sum() / np.sqrt(np.square(kernel).sum()))
     log.warning(
         "with a noise image the matched filter goes %.2f times deeper: a threshold of %g is as %.3g"
         " on the global RMS, and %.3g as %g there; convolution (--filter-type conv) goes no deeper",

@@ -370,6 +370,25 @@ def test_sep_cleans_real_stars_away():
         assert len(sep.extract(field, thresh, err=err, clean=clean)) == stars
 
 
+@trap("a mask, and a filter")
+def test_sep_grows_over_masked_pixels(image):
+    mask = np.zeros(image.shape, bool)
+    mask[60, 78:83] = True
+    objects, labels = sep.extract(image, 3, mask=mask, segmentation_map=True)
+    assert labels[mask].all()
+    assert peak_of(objects, 80)["npix"] == np.sum(labels == labels[60, 80])
+
+
+@trap("`clean=True`, an object of `minarea` pixels")
+def test_sep_cleans_by_how_the_image_lies(white):
+    options = {"err": 1.0, "filter_kernel": None, "deblend_nthresh": 1}
+    there, back = (sep.extract(i, 0.8, **options) for i in (white, white.T.copy()))
+    uncleaned = [len(sep.extract(i, 0.8, clean=False, **options)) for i in (white, white.T.copy())]
+    assert uncleaned[0] == uncleaned[1]
+    places = {*zip(there["xpeak"], there["ypeak"], strict=True)}
+    assert places != {*zip(back["ypeak"], back["xpeak"], strict=True)}
+
+
 @trap("`theta` a hair above")
 def test_sep_refuses_an_angle_of_its_own():
     line = np.zeros((40, 40), np.float32)

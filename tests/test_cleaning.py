@@ -1,0 +1,277 @@
+"""What cleaning drops and keeps, and what becomes of objects that reach over the mask."""
+
+import time
+
+import numpy as np
+import pytest
+import sep
+from numpy.testing import assert_array_equal
+
+import source_extractor
+from common import DATA, rows_at
+from same_as_sep import CUT, DEFAULT_KERNEL, clean_plainly, correlate, direct
+from source_extractor import (
+    BackgroundSettings,
+    ExtractionSettings,
+    Method,
+    build_field,
+    close_pairs,
+    find_sources,
+    make_kernel,
+    read_image,
+)
+
+SIGMA = 3 / 2.3548  # of stars of a FWHM of 3 pixels
+NOISE_AREA = 2 * np.sqrt(np.pi) * SIGMA  # a star's S/N is its flux over this many times the noise
+
+
+def star(image, x, y, flux, sigma=SIGMA):
+    left, bottom = int(x) - 15, int(y) - 15
+    columns, rows = np.arange(left, left + 31) - x, np.arange(bottom, bottom + 31) - y
+    light = np.exp(-(rows[:, np.newaxis] ** 2 + columns**2) / (2 * sigma**2))
+    image[bottom : bottom + 31, left : left + 31] += flux / (2 * np.pi * sigma**2) * light
+
+
+def pairs_of_stars(gap, seed=0, side=1000, step=50):
+    """Return white noise with stars of S/N 100, each with one of S/N 15 at its right."""
+    image = np.random.default_rng(seed).normal(0, 1, (side, side))
+    places = np.arange(step, side - step, step)
+    x, y = (grid.ravel() for grid in np.meshgrid(places, places))
+    for at_x, at_y in zip(x, y, strict=True):
+        star(image, at_x, at_y, 100 * NOISE_AREA)
+        star(image, at_x + gap, at_y, 15 * NOISE_AREA)
+    return image.astype(np.float32), x, y
+
+
+def crowded(count, seed, side=400):
+    rng = np.random.default_rng(seed)
+    image = rng.normal(0, 1, (side, side))
+    for _ in range(count):
+        x, y = rng.uniform(20, side - 20, 2)
+        star(image, x, y, 10 ** rng.uniform(1, 4), rng.uniform(1.2, 4))
+    return image.astype(np.float32)
+
+
+def field_of(image, kernel=DEFAULT_KERNEL, err_option="float_globalrms", mask=None, **extraction):
+    method = Method(kernel, err_option, 1, BackgroundSettings(), ExtractionSettings(**extraction))
+    mask = np.zeros(image.shape, bool) if mask is None else mask
+    return build_field(image.copy(), mask, None, method)
+
+
+def found_near(objects, x, y):
+    return sum(
+        np.hypot(objects["x"] - a, objects["y"] - b).min() < 2 for a, b in zip(x, y, strict=True)
+    )
+
+
+@pytest.mark.parametrize("gap", [12, 16, 20, 24])
+@pytest.mark.parametrize("fwhm", [None, 3])
+def test_faint_stars_beside_bright_ones_are_found_with_a_noise_image(gap, fwhm):
+    kernel = make_kernel("gaussian", fwhm, None) if fwhm else DEFAULT_KERNEL
+    depth = float(np.abs(kernel).sum() / np.sqrt(np.square(kernel).sum()))
+    image, x, y = pairs_of_stars(gap)
+    for option, thresh in (("array_rms", 4.0), ("float_globalrms", 4.0 / depth)):
+        objects = find_sources(field_of(image, kernel, option, thresh=thresh)).objects
+        assert found_near(objects, x + gap, y) >= 0.99 * len(x)
+        assert found_near(objects, x, y) == len(x)
+
+
+SETTINGS = {
+    "defaults": {},
+    "small": {"thresh": 1.0, "minarea": 3},
+    "single pixels": {"thresh": 1.2, "minarea": 1, "clean_param": 2.5},
+    "steep": {"thresh": 1.2, "clean_param": 0.4},
+    "no filter": {"thresh": 1.0, "kernel": None},
+    "RMS map": {"err_option": "array_rms", "filter_type": "conv"},
+    "absolute": {"err_option": "none", "thresh": 1.8},
+}
+IMAGES = {
+    "sparse": lambda: crowded(30, 1),
+    "fuller": lambda: crowded(150, 2),
+    "crowded": lambda: crowded(600, 3),
+    "sky": lambda: read_image(DATA / "sky.fits")[1],
+    "deep field": lambda: read_image(DATA / "hubble_deep_field.tiff", None, 0)[1],
+}
+
+
+def uncleaned(image, kernel=DEFAULT_KERNEL, err_option="float_globalrms", **keywords):
+    """Return SEP's objects without cleaning and their map."""
+    return direct(image, noise=err_option, filter_kernel=kernel, clean=False, **keywords)[2:]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+def test_few_objects_are_cleaned_as_sep_cleans_them(image, settings):
+    image, settings = image(), {"err_option": "float_globalrms", **settings}
+    objects, labels = find_sources(field_of(image, **settings))
+    noise, kernel = settings.pop("err_option"), settings.pop("kernel", DEFAULT_KERNEL)
+    expected = direct(image, noise=noise, filter_kernel=kernel, **settings)
+    for name in objects.dtype.names:
+        assert_array_equal(objects[name], expected[2][name])
+    assert_array_equal(labels, expected[3])
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("count", [30, 150])
+def test_many_objects_are_cleaned_pair_by_pair(monkeypatch, count, settings):
+    monkeypatch.setattr(source_extractor, "FEW", 0)
+    image = crowded(count, count, side=200)
+    field = field_of(image, **settings)
+    objects, labels = find_sources(field)
+    before, map_before = uncleaned(image, **settings)
+    kernel, thresh = field.method.kernel, field.method.extraction.thresh
+    light, noise = field.residual, 1 if field.method.err_option == "none" else field.noise
+    if kernel is not None:
+        light = correlate(light, kernel / kernel.sum())
+    extraction = field.method.extraction
+    expected = clean_plainly(
+        before,
+        map_before,
+        field.residual,
+        light - thresh * noise,
+        extraction.minarea,
+        extraction.clean_param,
+    )
+    assert_array_equal(objects, expected[0])
+    assert_array_equal(labels, expected[1])
+
+
+def test_the_result_does_not_depend_on_how_the_image_lies(monkeypatch):
+    monkeypatch.setattr(source_extractor, "FEW", 0)
+    image = crowded(150, 4)
+    settings = {"thresh": 1.2, "deblend_nthresh": 1}  # deblending draws lots
+    there, back = (
+        find_sources(field_of(i, **settings)).objects
+        for i in (image, np.ascontiguousarray(image.T))
+    )
+    assert len(there) < len(uncleaned(image, **settings)[0])
+    assert set(zip(there["xpeak"], there["ypeak"], strict=True)) == set(
+        zip(back["ypeak"], back["xpeak"], strict=True)
+    )
+
+
+@pytest.mark.parametrize("portion", [1, 100, 2**18])
+def test_all_pairs_that_reach_each_other_are_met_once(monkeypatch, portion):
+    monkeypatch.setattr(source_extractor, "PORTION", portion)
+    rng = np.random.default_rng(5)
+    x, y = rng.uniform(-5, 300, (2, 200))
+    reach = 10 ** rng.uniform(-1, 2, 200)
+    x[7] = reach[8] = np.nan
+    pairs = [pair for i, j in close_pairs(x, y, reach) for pair in zip(i, j, strict=True)]
+    assert len(pairs) == len(set(pairs))
+    i, j = np.triu_indices(200, 1)
+    near = np.hypot(x[i] - x[j], y[i] - y[j]) <= reach[i] + reach[j]
+    assert set(zip(i[near], j[near], strict=True)) <= set(pairs)
+
+
+@pytest.mark.parametrize("count", [50_000, 200_000])
+def test_the_number_of_pairs_grows_as_that_of_objects(count):
+    rng = np.random.default_rng(6)
+    x, y = rng.uniform(0, np.sqrt(count) * 5, (2, count))
+    reach = np.full(count, 5.0)
+    reach[:5] = 1e3
+    assert sum(len(i) for i, _ in close_pairs(x, y, reach)) < 40 * count
+
+
+def test_noise_in_its_thousands_is_cleaned_in_a_moment():
+    image = np.random.default_rng(7).normal(0, 1, (1000, 1000)).astype(np.float32)
+    field = field_of(image, thresh=0.5, minarea=1)
+    start = time.process_time()
+    objects = find_sources(field).objects
+    assert time.process_time() - start < 10
+    assert 15_000 < len(objects) < 27_000
+
+
+def test_thresholds_with_a_noise_image_are_those_of_the_isophote(run, write):
+    image = crowded(100, 8)
+    result = run(write(image), "--err-option", "array_rms", "--thresh", 4, "--deblend-nthresh", 1)
+    catalog, labels = result.catalog, result.image("segmentation")
+    depth = DEFAULT_KERNEL.sum() / np.sqrt(np.square(DEFAULT_KERNEL).sum())
+    rms, light = result.image("rms"), image - result.image("background")
+    for source in catalog.itertuples():
+        own = labels == source.id
+        assert source.thresh == pytest.approx(4 / depth * rms[own].mean(), rel=1e-5)
+        assert source.tnpix == np.sum(light[own] > source.thresh)
+    # The filtered image at the faintest pixel of each object is at that level.
+    filtered = correlate(light, DEFAULT_KERNEL / DEFAULT_KERNEL.sum())
+    inside = [filtered[2:-2, 2:-2][labels[2:-2, 2:-2] == i].min() for i in catalog["id"]]
+    assert np.median(inside / catalog["thresh"]) == pytest.approx(1.1, abs=0.1)
+
+
+# Masked pixels
+
+
+def test_no_object_holds_masked_pixels(run, write, tmp_path):
+    image = crowded(100, 9)
+    mask = np.random.default_rng(9).uniform(size=image.shape) < 0.05
+    mask[200:203] = True
+    image[mask] = np.nan
+    path = write(image)
+    for options in ([], ["--err-option", "array_rms", "--thresh", 4]):
+        result = run(path, *options, "--subtracted", tmp_path / "subtracted.fits")
+        catalog, labels = result.catalog, result.image("segmentation")
+        light = source_extractor.fits.getdata(tmp_path / "subtracted.fits")
+        assert not labels[mask].any()
+        assert_array_equal(np.unique(labels), np.arange(len(catalog) + 1))
+        assert_array_equal(np.bincount(labels.ravel())[1:], catalog["npix"])
+        assert (catalog["flag"] & CUT).any()
+        assert not (catalog["flag"] & CUT).all()
+        for source in catalog.itertuples():
+            y, x = np.nonzero(labels == source.id)
+            bounds = source.xmin, source.xmax, source.ymin, source.ymax
+            assert bounds == (x.min(), x.max(), y.min(), y.max())
+            assert source.flux == pytest.approx(light[y, x].sum(), rel=1e-4, abs=0.01)
+            assert source.peak == light[y, x].max() == light[source.ypeak, source.xpeak]
+            assert labels[source.ycpeak, source.xcpeak] == source.id
+            assert source.tnpix <= source.npix
+
+
+def test_a_masked_core_leaves_the_rim_and_its_highest_pixel():
+    image = np.zeros((60, 60))
+    star(image, 30, 30, 5000)
+    image = (image + np.random.default_rng(1).normal(0, 1, image.shape)).astype(np.float32)
+    mask = np.zeros(image.shape, bool)
+    mask[30, 30] = True
+    field = field_of(image, thresh=5.0, mask=mask)
+    (whole,) = sep.extract(np.where(mask, 0, field.residual), 5.0, err=field.noise)
+    (cut,) = find_sources(field).objects
+    light = np.where(mask, 0, field.residual)
+    filtered = correlate(light, DEFAULT_KERNEL / DEFAULT_KERNEL.sum())
+    assert (whole["xcpeak"], whole["ycpeak"]) == (30, 30) or not mask[
+        whole["ycpeak"], whole["xcpeak"]
+    ]
+    assert (cut["npix"], cut["flag"]) == (whole["npix"] - 1, whole["flag"] | CUT)
+    assert not mask[cut["ycpeak"], cut["xcpeak"]]
+    assert cut["cpeak"] == pytest.approx(np.where(mask, 0, filtered).max(), rel=1e-6)
+    assert cut["cflux"] == pytest.approx(whole["cflux"] - filtered[30, 30], rel=1e-5)
+    assert (cut["x"], cut["y"], cut["a"]) == (whole["x"], whole["y"], whole["a"])
+
+
+def test_objects_keep_what_is_not_masked(run, write):
+    image = np.random.default_rng(2).normal(0, 1, (120, 160)).astype(np.float32)
+    star(image, 80, 60, 1000)
+    image[18:23, 18:23] = 300
+    image[19:22, 19:22] = np.nan  # its rim stays, and is one object
+    image[39:44, 39:44] = np.nan
+    image[41, 41] = 300  # alone in the middle of the mask
+    result = run(write(image), "--thresh", 5, "--deblend-nthresh", 1)
+    found = rows_at(result.catalog, [20, 41, 80], [20, 41, 60])
+    assert list(found["npix"][:2]) == [40, 1]
+    assert list(found["flag"].astype(int) & CUT) == [CUT, CUT, 0]
+
+
+def test_an_object_of_masked_pixels_alone_is_dropped():
+    image = np.random.default_rng(3).normal(0, 1, (60, 80)).astype(np.float32)
+    image[20, [19, 21]] = 1000
+    image[40, 50] = 2000
+    mask = np.zeros(image.shape, bool)
+    mask[20, 20] = True
+    kernel = np.array([[1, 0, 1]], np.float32)  # sees on each pixel the two beside it
+    settings = {"kernel": kernel, "err_option": "none", "thresh": 800.0, "minarea": 1}
+    field = field_of(image, mask=mask, **settings)
+    before = sep.extract(field.residual, 800, mask=mask, filter_kernel=kernel, minarea=1)
+    objects, labels = find_sources(field)
+    assert list(before["xcpeak"]) == [20, 49, 51]
+    assert list(objects["xcpeak"]) == [49, 51]
+    assert (labels[40, 49], labels[40, 51], labels[20, 20]) == (1, 2, 0)
+    assert np.count_nonzero(labels) == 2
