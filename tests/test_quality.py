@@ -145,7 +145,7 @@ def test_padding_costs_a_warning_with_its_value(run, write, mosaic, value):
 
 
 def test_blank_is_compared_with_scaled_values(run, tmp_path, stars):
-    stored = np.rint(stars).astype("u2")
+    stored = np.rint(20 * stars).astype("u2")  # a noise that SEP gets right in whole numbers
     stored[BLOCK] = 0
     fits.writeto(tmp_path / "image.fits", stored)  # stored as -32768, with BZERO
     result = run(tmp_path / "image.fits", "--blank", 0)
@@ -155,13 +155,13 @@ def test_blank_is_compared_with_scaled_values(run, tmp_path, stars):
 
 
 def test_blank_is_compared_with_what_a_tiff_stores_in_which_0_is_white(run, tmp_path, stars):
-    stored = 255 - np.rint(stars).astype("u1")
-    stored[BLOCK] = 255
+    stored = 65535 - np.rint(20 * stars).astype("u2")
+    stored[BLOCK] = 65535
     tifffile.imwrite(tmp_path / "image.tif", stored, photometric="miniswhite")
-    result = run(tmp_path / "image.tif", "--blank", 255)
+    result = run(tmp_path / "image.tif", "--blank", 65535)
     mask = np.zeros(SHAPE, bool)
     mask[BLOCK] = True
-    assert_same(result, direct(255 - stored.astype("f4"), mask=mask))
+    assert_same(result, direct(65535 - stored.astype("f4"), mask=mask))
 
 
 @pytest.mark.parametrize("name", ["counts", "few counts", "constant", "noiseless", "core", "sky"])

@@ -252,6 +252,47 @@ def test_sep_makes_room_for_whole_boxes(image):
     assert sep.Background(image, mask=mask, bw=120, bh=100).globalrms > 0
 
 
+def counts_of(rate):
+    return np.random.default_rng(1).poisson(rate, (500, 500)).astype(np.float32)
+
+
+@trap("integers, or multiples of another quantum")
+@pytest.mark.parametrize("quantum", [1, 0.25])
+def test_sep_has_the_wrong_level_of_whole_numbers(white, quantum):
+    sky = np.float32(100.3) + 2 * white
+    whole, exact = (sep.Background(quantum * i).back().mean() for i in (np.rint(sky), sky))
+    assert exact / quantum == pytest.approx(100.3, abs=0.01)
+    assert whole / quantum == pytest.approx(99.6, abs=0.05)
+    assert sep.Background(counts_of(10.6)).back().mean() - 10.6 == pytest.approx(-1.3, abs=0.1)
+
+
+@trap("photon counts")
+@pytest.mark.parametrize("rate", [2.5, 10.6, 50])
+def test_sep_has_the_mode_of_photons(white, rate):
+    spread = np.random.default_rng(2).uniform(-0.5, 0.5, white.shape).astype(np.float32)
+    level = sep.Background(counts_of(rate) + spread).back().mean()
+    assert level - rate == pytest.approx(-0.4, abs=0.1)
+
+
+@trap("fewer than one photon")
+@pytest.mark.parametrize("rate", [0.03, 0.1, 0.3, 0.6])
+def test_sep_finds_sources_in_sparse_photons(rate):
+    background = sep.Background(counts := counts_of(rate))
+    light, noise = counts - background.back(), background.globalrms
+    assert len(sep.extract(light, 1.5, err=noise, filter_kernel=KERNEL)) > 200
+
+
+@trap("a source that fills boxes")
+@pytest.mark.parametrize(("sigma", "kept"), [(20, 0.97), (40, 0.78), (100, 0.13)])
+def test_sep_takes_a_large_source_for_the_background(white, sigma, kept):
+    light = star(white.shape, 250, 250, 10, sigma)
+    background = sep.Background((white + light).astype(np.float32))
+    inside = light > 0.1
+    assert (light + white - background.back())[inside].sum() / light[inside].sum() == (
+        pytest.approx(kept, abs=0.02)
+    )
+
+
 @trap("quiet boxes beside noisy ones")
 def test_sep_has_rms_below_zero(white):
     white[:, :125] = 0
