@@ -20,7 +20,7 @@ from same_as_sep import (
     assert_subtracted,
     direct,
 )
-from sky import galaxies, random_sources, simulate, stars, vstack
+from sky import blobs, galaxies, random_sources, simulate, stars, vstack
 
 FLUXES = ["thresh", "cflux", "flux", "cpeak", "peak"]
 
@@ -290,6 +290,14 @@ def test_sources_without_noise_are_found_over_an_absolute_threshold(run, write):
     image[50:54, 70:75] = 9
     found = table(run(write(image), "--err-option", "none", "--filter-case", "none"))
     assert found[["npix", "flux", "xmin", "ymax"]].to_numpy().tolist() == [[20, 180, 70, 53]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_wings_of_noiseless_sources_are_no_scale(run, write, dtype):
+    centres = (50, 50), (60, 140), (150, 150)
+    image = blobs((200, 200), *centres, level=0, noise=0, peak=100).astype(dtype)
+    found = run(write(image), "--err-option", "none", "--thresh", 1).catalog
+    assert sorted(zip(found["xpeak"], found["ypeak"], strict=True)) == sorted(centres)
 
 
 @pytest.mark.parametrize(("rows", "good"), [(59, True), (61, False)])
