@@ -1698,7 +1698,8 @@ def draw_overlay(path, result):
     whole_width, whole_height = max(width + 1, 3.3), height + 1.1  # wide enough for the title
     figure = Figure(figsize=(whole_width, whole_height), dpi=120)
     axes = figure.add_axes(
-        (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height)
+        (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height),
+        anchor="W",
     )
     show_sources(axes, result)
     figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
