@@ -573,7 +573,7 @@ def open_tiff(path, hdu):
 def product_told(history):
     """Return which product of this tool a file is, by the history that it tells, or None."""
     told = re.search(rf"^{re.escape(PROG)} .*: (\w+)$", history, re.MULTILINE)
-    return told and told[1]
+    return told[1] if told and told[1] in PRODUCTS else None
 
 
 def to_float(data):
@@ -603,8 +603,8 @@ def read_image(path, hdu=None, plane=None, blank=()):
     origin, stored = read_plane(path, hdu, plane)
     if origin.product:
         log.warning(
-            "%s: its HISTORY says that it is the %s of an earlier run; if that isn't what you "
-            "want to search for sources, choose the original image",
+            "%s: its HISTORY says that it is the %s of an earlier run; choose the original image "
+            "if that isn't what you want",
             *(origin.name, origin.product),
         )
     if origin.palette:
@@ -939,8 +939,11 @@ class Frame:
         low, middle, high = (float(value) for value in np.percentile(values, [16, 50, 84]))
         spread = (high / 2 - low / 2) or float(np.abs(values / 2 - middle / 2).max())
         offset = middle if abs(middle) > 1e4 * spread else 0.0
-        extreme = spread > 0 and not 1e-12 < spread < 1e12
-        return cls(offset, 2.0 ** math.floor(math.log2(spread)) if extreme else 1.0)
+        if spread == 0 or 1e-12 < spread < 1e12:
+            return cls(offset)
+        # Of a sky without noise only the wings of sources are the spread.
+        spread = max(spread, 1e-15 * float(np.abs(values - offset).max()))
+        return cls(offset, 2.0 ** math.floor(math.log2(spread)))
 
     def enter(self, image):
         """Bring an image into the frame, in place."""
@@ -1067,7 +1070,8 @@ def build_field(pixels, mask, noise, method, saturation=math.nan):
         mask = mask | too_large(pixels)
     method = method.within(frame)
     if noise is not None:
-        noise = noise / frame.scale
+        with np.errstate(over="ignore"):
+            noise = noise / frame.scale
 
     def field_of(residual, background):
         excluded, settled = settle_noise(mask, noise, background, method)
@@ -1112,12 +1116,21 @@ def settle_noise(mask, noise, background, method):
         That of a noise image.
     background : sep.Background
     method : Method
+
+    Raises
+    ------
+    InputError
+        If the noise is of another order of magnitude than float32 can hold beside the image.
     """
     overall = global_rms(background)
     if method.err_option in ("none", "float_globalrms") or (noise is None and overall == 0):
         return mask, overall
     noise = background.rms() if noise is None else noise.copy()
     mask = mask | ~usable(noise)
+    if mask.all():
+        raise InputError(
+            "no pixel has a noise that can be used beside its value; is it in the image's unit?"
+        )
     noise[mask] = NO_WEIGHT
     return mask, noise
 
@@ -1200,7 +1213,7 @@ def noise_raised_by_mask(field):
     masked = field.mask.mean()
     if masked <= MUCH_MASKED:
         return 1.0
-    bad = too_large(field.residual)
+    bad = too_large(field.residual) & field.mask
     if masked - bad.mean() <= MUCH_MASKED:
         return 1.0
     pixels = field.background.back()
@@ -2140,6 +2153,11 @@ def block_maxima(strip, starts):
     return np.maximum.reduceat(strip.max(axis=0), starts)
 
 
+def drawable(picture):
+    """Return a picture without values at which matplotlib's scales overflow."""
+    return np.clip(picture, -1e300, 1e300)
+
+
 def panel_size(shape):
     """Return the width and height in inches of the panel for an image of this shape (ny, nx)."""
     height, width = (8 * max(length / max(shape), 0.2) for length in shape)
@@ -2164,8 +2182,7 @@ def show_sources(axes, result):
     """
     field, catalog = result.field, result.catalog
     picture, masked = shrink(field.residual, block_means), shrink(field.excluded, block_means)
-    # The scale of greys would overflow beyond.
-    picture = np.clip(field.frame.differences(picture), -1e300, 1e300)
+    picture = drawable(field.frame.differences(picture))
     open_sky = masked <= np.median(masked[masked < 1])
     norm = stretch(picture[open_sky])
     drawn = show_image(axes, picture, field.mask.shape, cmap="gray", norm=norm)
@@ -2194,17 +2211,20 @@ def stretch(values):
     Linear within the noise and logarithmic far above it (Lupton, Gunn & Szalay 1999).
     """
     low, middle, top = np.percentile(values, [16, 50, 100])
-    noise = middle - low or (top - middle) / 1000 or 1.0
+    noise = middle - low or (top - middle) / 1000
+    if noise < 1e-280:  # matplotlib's scales end there
+        noise = 1.0
     return AsinhNorm(noise / 2, middle - 3 * noise, max(top, middle + 3 * noise))
 
 
 def draw_overlay(path, result):
     """Draw the picture of the sources (PNG)."""
     width, height = panel_size(result.field.mask.shape)
-    whole_width, whole_height = width + 1, height + 1.1
+    whole_width, whole_height = max(width + 1, 3.3), height + 1.1  # wide enough for the title
     figure = Figure(figsize=(whole_width, whole_height), dpi=120)
     axes = figure.add_axes(
-        (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height)
+        (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height),
+        anchor="W",
     )
     show_sources(axes, result)
     figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
@@ -2220,8 +2240,8 @@ def draw_overview(path, result):
     colours[0] = 0
     drawn = [show_sources(panels[0], result)]
     for axes, title, picture, colour_map in (
-        (panels[1], "background", shrink(field.level_map(), block_means), None),
-        (panels[2], "background RMS", shrink(field.rms_map(), block_means), None),
+        (panels[1], "background", drawable(shrink(field.level_map(), block_means)), None),
+        (panels[2], "background RMS", drawable(shrink(field.rms_map(), block_means)), None),
         (panels[3], "segmentation", shrink(labels, block_maxima), ListedColormap(colours)),
     ):
         drawn.append(show_image(axes, picture, labels.shape, cmap=colour_map))
@@ -2565,7 +2585,7 @@ def check_usage(args):
             return f"{box}: first column {xmin} is after last column {xmax}"
         if ymin > ymax:
             return f"{box}: first row {ymin} is after last row {ymax}"
-    if len(set(args.aperture_diameters)) < len(args.aperture_diameters):
+    if len(set(map(aperture, args.aperture_diameters))) < len(args.aperture_diameters):
         return "--aperture-diameters: each diameter may be given once"
     if args.catalog_fits and len(catalog_columns(args.aperture_diameters)) > 999:
         return "--catalog-fits: a FITS table has 999 columns at the most; take fewer apertures"
@@ -2757,8 +2777,8 @@ def report_field(field, values):
     raised = noise_raised_by_mask(field) if method.measures_noise() else 1.0
     if raised >= MUCH_NOISIER:
         log.warning(
-            "the mask makes the noise %.1f times that of the whole image, so that faint sources "
-            "are lost: was it made for this image?",
+            "the mask makes the noise %.1f times that of the whole image: if it hides quiet sky, "
+            "faint sources are lost; was it made for this image?",
             raised,
         )
 
@@ -2859,6 +2879,13 @@ def warn_of_boxes(field, found):
     )
 
 
+class OneLine(logging.Formatter):
+    """A formatter of one line a message, whatever a file is called."""
+
+    def format(self, record):
+        return one_line(super().format(record))
+
+
 def start_logging(args):
     """Send reports to stdout and warnings, each in one line, to stderr; nowhere if it is closed."""
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
@@ -2868,7 +2895,7 @@ def start_logging(args):
     reports, warnings_ = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     reports.addFilter(lambda record: record.levelno < logging.WARNING)
     warnings_.setLevel(logging.WARNING)
-    warnings_.setFormatter(logging.Formatter(f"{PROG}: warning: %(message)s"))
+    warnings_.setFormatter(OneLine(f"{PROG}: warning: %(message)s"))
     log.handlers = [reports, warnings_]
     log.propagate = False
     log.setLevel(logging.ERROR if args.quiet else logging.DEBUG if args.verbose else logging.INFO)

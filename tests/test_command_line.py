@@ -306,6 +306,7 @@ def test_abbreviations_and_unknown_arguments_are_refused(arguments):
         (("--mask-box",), ("--mask-box", 0, 9)),
         (("--mask-box",), ("--mask-box", 0, 1, 2)),
         (("--aperture-diameters",), ("--aperture-diameters", 5, 8, 5.0)),
+        (("--aperture-diameters",), ("--aperture-diameters", 5, 5.000000000000001)),
         (("--verbose", "--quiet"), ("-v", "-q")),
     ],
 )

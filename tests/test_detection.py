@@ -296,6 +296,14 @@ def test_sources_without_noise_are_found_over_an_absolute_threshold(run, write):
     assert found[["npix", "flux", "xmin", "ymax"]].to_numpy().tolist() == [[20, 180, 70, 53]]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_wings_of_noiseless_sources_are_no_scale(run, write, dtype):
+    centres = (50, 50), (60, 140), (150, 150)
+    image = blobs((200, 200), *centres, level=0, noise=0, peak=100).astype(dtype)
+    found = run(write(image), "--err-option", "none", "--thresh", 1).catalog
+    assert sorted(zip(found["xpeak"], found["ypeak"], strict=True)) == sorted(centres)
+
+
 @pytest.mark.parametrize(("rows", "good"), [(59, True), (61, False)])
 def test_some_box_needs_half_of_its_pixels_for_a_background(run, write, stars, rows, good):
     mesh = "--bw", 160, "--bh", 120

@@ -220,6 +220,12 @@ def test_noise_without_a_usable_value_is_refused(run, image, put, kind, value):
     run(image, *FILE, path, "--err-type", kind).assert_refused(path.name, kind)
 
 
+@pytest.mark.parametrize(("scale", "sigma"), [(1e-20, 1e25), (1e20, 1e-30)])
+def test_noise_that_vanishes_beside_the_image_is_refused(run, write, stars, put, scale, sigma):
+    image = write((stars * scale).astype(np.float32))
+    run(image, *FILE, put(np.full(SHAPE, sigma, np.float32))).assert_refused(image.name, "unit")
+
+
 def test_noise_of_another_shape_is_refused_with_both_shapes(run, image, put):
     path = put(np.ones((120, 161), np.float32))
     run(image, *FILE, path).assert_refused(path.name, (120, 161), SHAPE)

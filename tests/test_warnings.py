@@ -73,8 +73,25 @@ def test_a_product_as_noise_costs_none(run, products, role, form):
     assert "HISTORY" not in result.err
 
 
+def test_a_warning_is_one_line_whatever_the_file_is_called(run, products, tmp_path):
+    path = tmp_path / "two\nlines.fits"
+    path.write_bytes((products / "rms.fits").read_bytes())
+    result = run(path)
+    assert result.code == 0
+    assert "two lines.fits" in result.err
+    assert all(
+        line.startswith("source_extractor.py: warning: ") for line in result.err.splitlines()
+    )
+
+
 @pytest.mark.parametrize(
-    "history", ["swarp 2.41: background", "skysub.py 1.0.0 (sep 1.4.1): background", "rms"]
+    "history",
+    [
+        "swarp 2.41: background",
+        "skysub.py 1.0.0 (sep 1.4.1): background",
+        "rms",
+        "source_extractor.py 1: stars",
+    ],
 )
 def test_what_another_program_made_costs_none(run, tmp_path, stars, history):
     header = fits.Header()

@@ -246,7 +246,7 @@ def test_hdu_names_as_files_have_them_are_taken(option):
 def test_hdu_names_reach_the_script_as_they_were_typed(option):
     assert PARAMETERS[option].find("sanitizer").get("sanitize") == "false"
     name = IN_THE_FORM[option].dest
-    quoted = rf"{option} \$\{{quote\(str\(\$[\w.]+\.{name}\)\.strip\(\)\)\}}\n"
+    quoted = rf"{option} \$\{{quote\(str\(\$[\w.]+\.{name}\)\.strip\(' '\)\)\}}\n"
     assert len(re.findall(quoted, COMMAND)) == 1
     assert len(re.findall(rf"{option}\b", COMMAND)) == 1
     assert "#from shlex import quote\n" in COMMAND
