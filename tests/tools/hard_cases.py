@@ -573,7 +573,7 @@ def jansky_per_beam(tool, seed):
     header.update({"BUNIT": "Jy/beam", "BMAJ": 5 / 3600, "BMIN": 3 / 3600, "BPA": 20.0})
     table = tool.directory / "beam.fits"
     run = tool(image, "--catalog-fits", table, header=header)
-    unit = fits.getheader(table, 1)["TUNIT39"]
+    unit = fits.getdata(table, 1).columns["flux_auto"].unit
     area = pi / (4 * log(2)) * 5 * 3
     lines = [line for line in (run.out + run.err).splitlines() if "beam" in line]
     numbers = [float(number) for line in lines for number in re.findall(r"\d+\.\d+", line)]
