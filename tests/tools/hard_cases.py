@@ -646,8 +646,8 @@ def counts(tool, seed):
 
 
 def large_objects(tool, seed):
-    shape = (690, 690)
-    x, y = grid_positions(shape, 230, seed=seed)
+    shape = (900, 900)
+    x, y = grid_positions(shape, 300, seed=seed)
     rows, columns = np.indices(shape)
     cells = sum(
         40 / (1 + np.exp((np.hypot(columns - left, rows - low) - 75) / 3))
@@ -656,7 +656,7 @@ def large_objects(tool, seed):
     noise = np.random.default_rng(seed).normal(100, 1, shape)
     tissue = (noise + cells).astype(np.float32)
     each = Table({"x": x, "y": y, "flux": np.full(len(x), cells.sum() / len(x))})
-    source = galaxies(345.0, 345.0, 4e5, a=60.0, b=50.0)
+    source = galaxies(450.0, 450.0, 4e5, a=60.0, b=50.0)
     galaxy, lone = simulate(shape, source, seed=seed, level=100.0)
     for name, image, truth in (
         ("cells of 150 pixels", tissue, each),
