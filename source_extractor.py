@@ -1741,14 +1741,15 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Product(NamedTuple):
-    """A product: its name in the output directory (None: on request), what it is, its writer.
-
-    Images get their extension by their format.
-    """
+    """A product: its name in the output directory (None: on request), what it is, its writer."""
 
     default: str | None
     text: str
     write: Callable[[Path, Result], None]
+
+    def file_name(self, suffix):
+        """Return the default name, an image's with the extension of its format."""
+        return self.default if "." in self.default else self.default + suffix
 
 
 PRODUCTS = {
@@ -2007,9 +2008,7 @@ def build_parser():
     for name, product in PRODUCTS.items():
         note = "on request"
         if product.default:
-            note = f"default: {product.default}" + (
-                "" if "." in product.default else ".fits or .tiff"
-            )
+            note = f"default: {product.file_name('.fits or .tiff')}"
         text = f"{product.text} ({note})"
         group.add_argument(option_of(name), type=Path, metavar="PATH", help=text)
     group.add_argument(
@@ -2073,8 +2072,7 @@ def product_paths(args):
     for name, product in PRODUCTS.items():
         path = getattr(args, name)
         if path is None and product.default:
-            path = args.output_dir / product.default
-            path = path if path.suffix else path.with_suffix(suffix)
+            path = args.output_dir / product.file_name(suffix)
         if path is not None:
             paths[name] = path
     return paths
