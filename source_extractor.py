@@ -196,6 +196,9 @@ NO_NUMBER = re.compile(
     rb"(BSCALE|BZERO|BLANK) *= (?! *[-+]?[\d.]+([EeDd][-+]?\d+)? *(/|$))([^/]*)", re.ASCII
 )
 
+# The least that an image takes: itself, its background, and its map of labels.
+BYTES_A_PIXEL = 12
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -251,8 +254,7 @@ class Stack(NamedTuple):
 def reading(path, kind):
     """Turn whatever a damaged file makes a library raise into an `InputError`, warnings dropped."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     except InputError:
         raise
@@ -327,7 +329,7 @@ def choose_plane(stack, plane, lone_serves_all):
         raise InputError(
             f"{name}: {count} plane{'s' if count > 1 else ''} in axes ({layout}); {choice}"
         )
-    needed = 12 * rows * columns
+    needed = BYTES_A_PIXEL * rows * columns
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > present:
         raise InputError(
@@ -697,7 +699,7 @@ def read_measure_image(path, hdu, plane, blank, origin, shape):
     require_shape(measure_origin, pixels, shape)
     if origin.wcs and measure_origin.wcs:
         offset = wcs_offset(origin.wcs, measure_origin.wcs, shape)
-        if not offset <= 0.5:
+        if offset > 0.5:
             finding = f"puts the corners of the image up to {offset:.1f} pixels away"
             if offset == math.inf:
                 finding = "can't be compared with the image's"
@@ -716,8 +718,7 @@ def wcs_offset(one, other, shape):
     """Return how far apart, in pixels, two WCS put corners and centre of an image (ny, nx)."""
     x, y = (np.array(at) * (n - 1) for at, n in zip(SPOTS, shape[::-1], strict=True))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             there = other.world_to_pixel(one.pixel_to_world(x, y))
     except Exception:  # wcslib and the frames raise many kinds
         return math.inf
@@ -740,6 +741,11 @@ def make_kernel(case, fwhm, path):
         FWHM of the Gaussian or diameter of the top hat, in pixels.
     path : Path
         File for the case "file".
+
+    Raises
+    ------
+    InputError
+        If the file holds no kernel that SEP can use.
     """
     match case:
         case "none":
@@ -771,8 +777,7 @@ def read_kernel(path):
         lines = path.read_text().splitlines()
         if lines and lines[0].split()[:1] == ["CONV"]:
             lines = lines[1:]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             kernel = np.loadtxt(lines, dtype=np.float32, ndmin=2)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
@@ -915,7 +920,7 @@ def usable(noise):
 
 
 def sample(image, mask):
-    """Return about 250 000 of the pixels of an image that are not masked, from all over it."""
+    """Return up to a million of the pixels of an image that are not masked, from all over it."""
     step = max(1, math.isqrt(image.size // 250_000))
     found = image[::step, ::step][~mask[::step, ::step]]
     return found if found.size else image[~mask]
@@ -1247,7 +1252,7 @@ PORTION = 2**18  # pixels, or pairs of objects, to work on at a time
 
 
 class Detections(NamedTuple):
-    """SEP's 30 fields an object, and the map (ny, nx) that labels it index + 1."""
+    """SEP's 30 fields an object, in image values, and the map (ny, nx) that labels it index + 1."""
 
     objects: np.ndarray
     segmentation: np.ndarray
@@ -1296,7 +1301,10 @@ def find_sources(field):
             except Exception as error:  # SEP raises nothing narrower
                 grow_limits(error, residual.size)
     cleaned = keywords["clean"] or not field.method.extraction.clean
-    return settle_objects(field, *found, cleaned)
+    objects, labels = settle_objects(field, *found, cleaned)
+    for name in ("thresh", "cflux", "flux", "cpeak", "peak"):
+        objects[name] = field.frame.differences(objects[name])
+    return Detections(objects, labels)
 
 
 def flag_pixels(objects, segmentation, where, bit):
@@ -1520,6 +1528,11 @@ KRON_REACH = 6.0
 WINDOW_SIGMA = 2 / 2.35
 WINDOW_REACH = 4.0
 
+# How much further a neighbour matters to a window that moves, and how far in sigmas a centroid may:
+# simulated sources that move further are then further from the truth than they were before.
+WINDOW_ROOM = 1.25
+STRAY = 0.5
+
 # The label of masked pixels while sources are measured; exact in float32, in which SEP compares.
 MASKED = 2**30
 
@@ -1683,7 +1696,7 @@ def windowed_centroids(field, shapes, sigma, neighbours):
     sized = np.flatnonzero(np.isfinite(sigma))
     ids, x, y = neighbours["seg_id"][sized], shapes.x[sized], shapes.y[sized]
     sigma = sigma[sized]
-    reach = 1.25 * WINDOW_REACH * sigma + 2  # the window moves
+    reach = WINDOW_ROOM * WINDOW_REACH * sigma + 2
     _, _, flag = sep.sum_circle(image, x, y, reach, segmap=labels, seg_id=ids, subpix=1)
     crowded = (flag & sep.APER_HASMASKED) > 0
     found = np.full((2, len(x)), np.nan)
@@ -1692,8 +1705,7 @@ def windowed_centroids(field, shapes, sigma, neighbours):
         stamp, left, bottom = lone_stamp(image, labels, ids[i], x[i], y[i], reach[i])
         at_x, at_y, _ = sep.winpos(stamp, [x[i] - left], [y[i] - bottom], [sigma[i]])
         found[:, i] = at_x[0] + left, at_y[0] + bottom
-    # Simulated sources that move by more are further from the truth than they were before.
-    strayed = np.hypot(found[0] - x, found[1] - y) > 0.5 * sigma
+    strayed = np.hypot(found[0] - x, found[1] - y) > STRAY * sigma
     found[:, strayed] = np.nan
     xwin[sized], ywin[sized] = found
     return xwin, ywin
@@ -1899,23 +1911,19 @@ def unit_of_sums(text):
     return (unit * u.pix).to_string()
 
 
-def build_catalog(objects, frame, measurements, wcs, settings):
+def build_catalog(objects, measurements, wcs, settings):
     """Return the catalogue, a row an object, with exactly the columns that the contract has.
 
     Parameters
     ----------
     objects : structured ndarray
         `sep.extract`'s objects.
-    frame : Frame
-        The one they were found in.
     measurements : DataFrame
         What `measure` found.
     wcs : WCS or None
     settings : PhotometrySettings
     """
     catalog = pd.concat([pd.DataFrame(objects), measurements], axis=1)
-    for name in ("thresh", "cflux", "flux", "cpeak", "peak"):
-        catalog[name] = frame.differences(catalog[name])
     catalog["id"] = np.arange(1, len(objects) + 1)
     catalog["ra"], catalog["dec"] = sky_positions(wcs, objects["x"], objects["y"])
     catalog["elongation"] = catalog["a"] / catalog["b"]
@@ -1943,8 +1951,7 @@ def sky_positions(wcs, x, y):
     try:
         if wcs.wcs.lngtyp not in ("RA", "GLON"):
             raise ValueError(f"{wcs.wcs.lngtyp} is neither RA nor GLON")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             sky = wcs.pixel_to_world(x, y).icrs
     except Exception as error:  # wcslib and the frames raise many kinds
         log.warning("the WCS gives no sky positions: ra and dec are nan (%s)", one_line(error))
@@ -2034,8 +2041,7 @@ def write_image(path, result, product, values, unit):
         tifffile.imwrite(path, values, description="\n".join(history), metadata=None)
         return
     wcs = result.origin.wcs
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of cards that the WCS standard renames
+    with warnings.catch_warnings(action="ignore"):  # of cards that the WCS standard renames
         hdus = wcs.to_fits(relax=True) if wcs else fits.HDUList([fits.PrimaryHDU()])
         primary = hdus[0]
         primary.data = values
@@ -2100,8 +2106,7 @@ def sky_ellipses(wcs, x, y, a, b, theta):
     DS9 counts the angle from west through north, 90 degrees ahead of the position angle.
     """
     along, across = (np.cos(theta), np.sin(theta)), (-np.sin(theta), np.cos(theta))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         centre, major, minor = (
             wcs.pixel_to_world(x + length * dx, y + length * dy).icrs
             for length, (dx, dy) in ((0, along), (a, along), (b, across))
@@ -2260,14 +2265,15 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Product(NamedTuple):
-    """A product: its name in the output directory (None: on request), what it is, its writer.
-
-    Images get their extension by their format.
-    """
+    """A product: its name in the output directory (None: on request), what it is, its writer."""
 
     default: str | None
     text: str
     write: Callable[[Path, Result], None]
+
+    def file_name(self, suffix):
+        """Return the default name, an image's with the extension of its format."""
+        return self.default if "." in self.default else self.default + suffix
 
 
 PRODUCTS = {
@@ -2541,9 +2547,7 @@ def build_parser():
     for name, product in PRODUCTS.items():
         note = "on request"
         if product.default:
-            note = f"default: {product.default}" + (
-                "" if "." in product.default else ".fits or .tiff"
-            )
+            note = f"default: {product.file_name('.fits or .tiff')}"
         text = f"{product.text} ({note})"
         group.add_argument(option_of(name), type=Path, metavar="PATH", help=text)
     group.add_argument(
@@ -2608,8 +2612,7 @@ def product_paths(args):
     for name, product in PRODUCTS.items():
         path = getattr(args, name)
         if path is None and product.default:
-            path = args.output_dir / product.default
-            path = path if path.suffix else path.with_suffix(suffix)
+            path = args.output_dir / product.file_name(suffix)
         if path is not None:
             paths[name] = path
     return paths
@@ -2647,7 +2650,7 @@ def run(args):
                 measure_field = build_measure_field(measure_pixels, mask, method, level)
         flag_fields(found, field, measure_field)
         measurements = measure(field, measure_field, found, photometry)
-        catalog = build_catalog(found.objects, field.frame, measurements, origin.wcs, photometry)
+        catalog = build_catalog(found.objects, measurements, origin.wcs, photometry)
         result = Result(
             origin=origin,
             field=field,

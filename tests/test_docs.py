@@ -138,7 +138,6 @@ def commands(text):
 
 
 EXAMPLES = {page.name: list(commands(page.read_text())) for page in PAGES}
-EXAMPLES["--help"] = list(commands(build_parser().epilog))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,6 @@ def test_examples_are_right_usage(arguments, tmp_path, monkeypatch):
 def test_there_are_examples():
     assert len(EXAMPLES["README.md"]) >= 7
     assert EXAMPLES["options.md"]
-    assert EXAMPLES["--help"]
 
 
 def test_the_snippet_draws_the_ellipses_of_the_catalogue(run, data, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ picture.xml         those of the simulated sky, for the help of the form: as a t
 
 import base64
 import io
+import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,19 +19,15 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import source_extractor  # noqa: E402
-
+TOOL = ROOT / "source_extractor.py"
 HELP_WIDTH = 480
 
 
 def overlay(name, *options):
     """Return the picture of the sources in an image of the test data."""
     with TemporaryDirectory() as directory:
-        arguments = [str(ROOT / "test-data" / name), "-q", "-o", directory, *options]
-        if source_extractor.main(arguments):
-            sys.exit(1)
+        command = [sys.executable, TOOL, ROOT / "test-data" / name, "-q", "-o", directory]
+        subprocess.run([*command, *options], check=True)
         return Image.open(Path(directory, "sources.png")).convert("RGB")
 
 
