@@ -43,6 +43,8 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, wraps
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1246,9 +1248,8 @@ MAX_SUB_OBJECTS = 32767
 SATURATED = 4
 BRIDGED = 256
 CUT = 512  # the mask took pixels of it
-FEW = 10_000  # objects that SEP cleans in no time, quadratic as it is in their number
 CLEAN_ZONE = 10.0  # SExtractor's: how far cleaning looks, in units of the sum of both a
-PORTION = 2**18  # pixels, or pairs of objects, to work on at a time
+PORTION = 2**18  # pairs of objects to work on at a time
 
 
 class Detections(NamedTuple):
@@ -1262,7 +1263,7 @@ class Detections(NamedTuple):
 def find_sources(field):
     """Run `sep.extract`, its internal limits grown as far as this image needs, and clean up.
 
-    Meanwhile masked pixels in the first rows of the residual are 0.
+    Meanwhile masked pixels of the residual are 0.
 
     Parameters
     ----------
@@ -1287,21 +1288,19 @@ def find_sources(field):
         "err": None if field.method.err_option == "none" else field.noise,
         "filter_kernel": kernel,
         "segmentation_map": True,
-        "clean": field.method.extraction.clean and suits_sep(field),
+        "clean": False,  # SEP's is quadratic, and of a noise array in wrong units
     }
     sep.set_extract_pixstack(PIXEL_STACK)
     sep.set_sub_object_limit(SUB_OBJECTS)
     # SEP filters the first rows before it has applied the mask to them.
-    first = slice(0 if kernel is None else kernel.shape[0] // 2)
-    with replaced(residual[first], mask[first], 0):
+    with replaced(residual, mask, 0):
         while True:
             try:
                 found = sep.extract(residual, mask=mask, **keywords)
                 break
             except Exception as error:  # SEP raises nothing narrower
                 grow_limits(error, residual.size)
-    cleaned = keywords["clean"] or not field.method.extraction.clean
-    objects, labels = settle_objects(field, *found, cleaned)
+        objects, labels = settle_objects(field, *found)
     for name in ("thresh", "cflux", "flux", "cpeak", "peak"):
         objects[name] = field.frame.differences(objects[name])
     return Detections(objects, labels)
@@ -1349,172 +1348,154 @@ def grow_limits(error, pixels):
         raise InputError(f"SEP gave up: {one_line(error)}") from error
 
 
-def suits_sep(field):
-    """Tell if SEP can clean: few objects, by a sample, in the units in which it detects them."""
-    if field.depth():
-        return False
-    size, nx = field.mask.size, field.mask.shape[1]
-    where = np.random.default_rng(0).integers(size, size=20_000)
-    here, *before = (
-        filter_at(field, (where - back) % size, field.method.kernel)[1] > 0
-        for back in (0, 1, nx - 1, nx, nx + 1)
-    )
-    starts = (here & ~np.any(before, axis=0)).mean()
-    return min(starts, here.mean() / field.method.extraction.minarea) * size < FEW
+def settle_objects(field, objects, labels):
+    """Take masked pixels from SEP's objects, clean up, and number anew what is left.
 
-
-def settle_objects(field, objects, labels, cleaned):
-    """Clean SEP's objects, unless they are, and take masked pixels from them; number them anew.
-
-    One that loses pixels has them counted, its filtered flux summed and its peaks found again;
-    position and shape stay as they are, for the filter has bridged the gap.
+    An object that loses pixels keeps position and shape, as its filter has bridged the gap.
     """
     where = np.flatnonzero(labels)
     where = where[np.argsort(labels.take(where), kind="stable")]
-    owner = labels.take(where) - 1
+    pixels = filter_pixels(field, where)
+    owner = pixels["owner"] = labels.take(where) - 1
     good = ~field.mask.take(where)
     left = np.bincount(owner[good], minlength=len(objects))
     if field.depth():
         noise = np.bincount(owner[good], field.noise.take(where[good]), len(objects))
         thresh = field.method.extraction.thresh / field.depth() * noise / np.maximum(left, 1)
-        bright = filter_at(field, where, None)[0] > thresh[owner]
-        objects["thresh"], objects["tnpix"] = thresh, np.bincount(owner[bright], None, len(objects))
+        bright = owner[pixels["light"] > thresh[owner]]
+        objects["thresh"], objects["tnpix"] = thresh, np.bincount(bright, minlength=len(objects))
     kept = left > 0
-    if not cleaned:
-        kept &= survive_cleaning(field, objects, where, owner)
-    again = good & (kept & (left < objects["npix"]))[owner]
-    if again.any():
-        recount(field, objects, where[again], owner[again])
+    if field.method.extraction.clean:
+        kept &= survive_cleaning(objects, pixels, field.method.extraction)
+    cut = kept & (left < objects["npix"])
+    recount(objects, cut, pixels[good & cut[owner]].groupby("owner"))
     labels.put(where, np.where(good & kept[owner], np.cumsum(kept)[owner], 0))
     return Detections(objects[kept], labels)
 
 
-def recount(field, objects, where, owner):
-    """Describe objects anew, in place, by the pixels left to them."""
-    y, x = np.divmod(where, field.mask.shape[1])
-    first = np.flatnonzero(np.diff(owner, prepend=-1))
-    last = np.append(first[1:], len(owner)) - 1
-    cut = owner[first]
+def recount(objects, cut, pixels):
+    """Describe the objects that are `cut` anew, in place, by the pixels left to each of them."""
     objects["flag"][cut] |= CUT
-    objects["npix"][cut] = last - first + 1
-    for axis, at in (("x", x), ("y", y)):
-        objects[f"{axis}min"][cut] = np.minimum.reduceat(at, first)
-        objects[f"{axis}max"][cut] = np.maximum.reduceat(at, first)
-    for kind, kernel in (("", None), ("c", field.method.kernel)):
-        values = filter_at(field, where, kernel)[0]
-        top = np.lexsort((values, owner))[last]
-        objects[f"{kind}flux"][cut] = np.add.reduceat(values, first)
-        objects[f"{kind}peak"][cut] = values[top]
-        objects[f"x{kind}peak"][cut], objects[f"y{kind}peak"][cut] = x[top], y[top]
+    objects["npix"][cut] = pixels.size()
+    for axis in "xy":
+        objects[f"{axis}min"][cut] = pixels[axis].min()
+        objects[f"{axis}max"][cut] = pixels[axis].max()
+    for kind, values in (("", "light"), ("c", "filtered")):
+        top = pixels.obj.loc[pixels[values].idxmax()]
+        objects[f"{kind}flux"][cut], objects[f"{kind}peak"][cut] = pixels[values].sum(), top[values]
+        objects[f"x{kind}peak"][cut], objects[f"y{kind}peak"][cut] = top["x"], top["y"]
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def filter_at(field, where, kernel):
-    """Return the image filtered as SEP does it, and how far that is above the threshold.
+def filter_pixels(field, where):
+    """Filter the image as SEP does it, at flat indices `where` alone.
 
-    At flat indices `where` only; for a filter that weighs pixels by their noise the latter is what
-    it would be with noise that is even nearby.
+    Returns
+    -------
+    DataFrame
+        Columns x and y, the light in the image, the filtered light, and the margin by which that is
+        above the threshold. A matched filter weighs pixels by their noise: its margin is what it
+        would be if the noise nearby were even.
     """
-    if where.size > PORTION:
-        portions = np.array_split(where, where.size // PORTION + 1)
-        return np.hstack([filter_at(field, portion, kernel) for portion in portions])
-    weighs = kernel is not None and field.depth() is not None
-    kernel = np.ones((1, 1), np.float32) if kernel is None else kernel / np.abs(kernel).sum()
-    thresh, (ny, nx) = np.float32(field.method.extraction.thresh), field.mask.shape
-    noise = field.noise if field.method.err_option != "none" else 1
-    light, weighted, weight = np.zeros((3, where.size), np.float32)
+    thresh, kernel = field.method.extraction.thresh, field.method.kernel
+    kernel = np.ones((1, 1)) if kernel is None else kernel / np.abs(kernel).sum()
+    shape, y, x = field.mask.shape, *np.divmod(where, field.mask.shape[1])
+    filtered, weighted, weight = np.zeros((3, where.size), np.float32)
     for (row, column), part in np.ndenumerate(kernel):
-        y, x = where // nx + row - kernel.shape[0] // 2, where % nx + column - kernel.shape[1] // 2
-        inside = (y >= 0) & (y < ny) & (x >= 0) & (x < nx)
-        at = (y * nx + x)[inside]
-        seen = part * np.where(field.mask.take(at), 0, field.residual.take(at)).astype(np.float32)
-        light[inside] += seen
-        if weighs:
-            precision = 1 / np.square(noise.take(at), dtype=np.float64)
-            weighted[inside] += seen * precision
-            weight[inside] += part**2 * precision
-    if weighs:
-        significance = weighted / np.sqrt(weight) - thresh
-        return np.array([light, significance * np.square(kernel).sum() / np.sqrt(weight)])
-    noise = noise.take(where) if np.ndim(noise) else noise
-    return np.array([light, light - thresh * np.float32(noise)])
+        at = np.array([y + row - kernel.shape[0] // 2, x + column - kernel.shape[1] // 2])
+        inside = ((at >= 0) & (at < np.reshape(shape, (2, 1)))).all(axis=0)
+        at = tuple(at * inside)
+        light = part * inside * field.residual[at]
+        filtered += light
+        if field.depth():
+            precision = inside * field.noise[at].astype(np.float64) ** -2
+            weighted += light * precision
+            weight += part**2 * precision
+    noise = 1 if field.method.err_option == "none" else field.noise
+    margin = filtered - thresh * np.broadcast_to(noise, shape)[y, x]
+    if field.depth():
+        margin = (weighted / np.sqrt(weight) - thresh) * np.square(kernel).sum() / np.sqrt(weight)
+    columns = {"x": x, "y": y, "light": field.residual[y, x]}
+    return pd.DataFrame(columns | {"filtered": filtered, "margin": margin})
 
 
 @np.errstate(all="ignore")
-def survive_cleaning(field, objects, where, owner):
+def survive_cleaning(objects, pixels, settings):
     """Tell which objects are more than the light of a brighter neighbour, as SExtractor's CLEAN.
 
-    Around an object light falls off as (1 + alpha r^2)^-`clean_param`. It eats a neighbour of whose
-    pixels (flat indices `where`, by `owner`) fewer than `minarea` stand above the threshold without
-    it. What has been eaten when its turn comes eats no other.
+    Around an object light falls off as height (1 + alpha r^2)^-`clean_param`. It eats a neighbour
+    at which it is more than the neighbour's margin over the threshold. What has been eaten when its
+    turn comes eats no other.
     """
-    settings, npix, thresh = field.method.extraction, objects["npix"], objects["thresh"]
-    beta = settings.clean_param
-    margin = filter_at(field, where, field.method.kernel)[1]
-    margin = np.append(margin[np.lexsort((-margin, owner))], 0)
-    nth = np.where(npix < settings.minarea, -1, np.cumsum(npix) - npix + settings.minarea - 1)
-    margin = margin[nth]
-    half = (thresh + objects["peak"]) / 2
-    core = np.bincount(owner[filter_at(field, where, None)[0] > half[owner]], None, len(objects))
-    x, y, area = objects["x"], objects["y"], np.pi * objects["a"] * objects["b"]
-    flux, a, cxx, cyy, cxy = (
-        objects[name].astype(np.float32) for name in ("cflux", "a", "cxx", "cyy", "cxy")
+    x, y, a, b, cxx, cyy, cxy, flux, thresh = (
+        objects[name] for name in ("x", "y", "a", "b", "cxx", "cyy", "cxy", "cflux", "thresh")
     )
+    owner, beta, half = pixels["owner"], settings.clean_param, (thresh + objects["peak"]) / 2
+    core = np.bincount(owner[pixels["light"] > half[owner]], minlength=len(objects))
+    area = np.pi * a * b
     steepness = -2 * np.log(np.where(thresh < half, thresh / half, 0.99)) * area
-    filling = np.minimum(np.maximum(objects["tnpix"] - core, 1) / steepness, 1)
-    height = flux / (2 * area * filling)
-    alpha = ((height / thresh) ** (1 / beta) - 1) * area / npix
-    meals = [np.empty((3, 0), int)]
+    height = flux / (2 * area * np.minimum(np.maximum(objects["tnpix"] - core, 1) / steepness, 1))
+    alpha = ((height / thresh) ** (1 / beta) - 1) * area / objects["npix"]
+    margin = margins_to_eat(objects["npix"], pixels, settings.minarea)
+    eating = [np.empty((3, 0), int)]
     for i, j in close_pairs(x, y, CLEAN_ZONE * a):
         eater = np.where(flux[j] < flux[i], i, j)
-        eaten = i + j - eater
-        dx, dy = (x[i] - x[j]).astype(np.float32), (y[i] - y[j]).astype(np.float32)
-        ellipse = cxx[eater] * dx * dx + cyy[eater] * dy * dy + cxy[eater] * dx * dy
+        eaten, dx, dy = i + j - eater, x[i] - x[j], y[i] - y[j]
+        ellipse = cxx[eater] * dx**2 + cyy[eater] * dy**2 + cxy[eater] * dx * dy
         spread = 1 + alpha[eater] * ellipse
-        light = np.where(spread < 1e10, height[eater] * spread**-beta, 0)
-        eats = (spread > 1) & (light.astype(np.float32) > margin[eaten])
-        eats &= dx * dx + dy * dy <= CLEAN_ZONE**2 * (a[i] + a[j]) ** 2
-        meals.append(np.array([i, j, eaten])[:, eats])
-    i, j, eaten = (meals := np.hstack(meals))[:, np.lexsort(meals[1::-1])]
+        eats = (spread > 1) & (height[eater] * spread**-beta > margin[eaten])
+        eating.append(np.array([i, j, eaten])[:, eats])
+    eating = np.hstack(eating)
     alive = np.ones(len(objects), bool)
-    turns = np.flatnonzero(np.diff(i, prepend=-1, append=-1))
-    for turn in map(slice, turns[:-1], turns[1:]):
-        if alive[i[turn.start]]:
-            alive[eaten[turn][alive[j[turn]]]] = False
+    for i, own in groupby(eating[:, np.lexsort(eating[1::-1])].T.tolist(), key=itemgetter(0)):
+        if alive[i]:
+            for _, j, eaten in own:
+                alive[eaten] &= not alive[j]
     return alive
 
 
-def close_pairs(x, y, reach):
-    """Yield, in portions, all pairs i < j no further apart than they reach together, and some more.
+def margins_to_eat(npix, pixels, minarea):
+    """Return the margin of each object's `minarea`-th highest pixel; 0 of one with fewer.
 
-    Those that reach alike, within a factor of 2, lie in rows as high as that; in each of these, all
-    that reach as far, or further, look up the stretch that they reach.
+    As SExtractor has it: it leaves out the pixel that it found after the first `minarea`, and of
+    just as many takes the first found. It finds them row by row, but where a row begins further
+    left than the one before, that end comes before all others.
     """
-    size = np.where(np.isfinite(x + y + reach), np.frexp(reach)[1], -9999)
-    for level in np.unique(size[size > -9999]):
-        near, seekers = np.flatnonzero(size == level), np.flatnonzero(size >= level)
-        far = 2.0**level
-        span = reach[seekers] + far
-        width = 2 * (x[seekers] + span).max()
-        place = np.floor(y[near] / far) * width + x[near]
-        near, place = near[np.argsort(place)], np.sort(place)
-        rows = 2 * np.ceil(span / far).astype(int) + 1
-        row = np.repeat(np.floor(y[seekers] / far) - rows // 2, rows) + count_up(rows)
-        seekers, span = np.repeat(seekers, rows), np.repeat(span, rows)
-        first = np.searchsorted(place, row * width + x[seekers] - span)
-        count = np.searchsorted(place, row * width + x[seekers] + span) - first
-        ends = np.cumsum(count)
-        cuts = np.searchsorted(ends, np.arange(PORTION, ends[-1], PORTION))
-        for part in np.split(np.arange(len(count)), cuts):
-            i = np.repeat(seekers[part], count[part])
-            j = near[np.repeat(first[part], count[part]) + count_up(count[part])]
-            once = (size[i] > level) | (i < j)
-            yield np.minimum(i, j)[once], np.maximum(i, j)[once]
+    owner, x, y, margin = (pixels[name].to_numpy() for name in ("owner", "x", "y", "margin"))
+    rows = np.flatnonzero(np.diff(owner, prepend=-1) | np.diff(y, prepend=-1))
+    before = np.where(np.diff(owner[rows], prepend=-1), 0, np.roll(x[rows], 1))
+    ahead = x < np.repeat(before, np.diff(rows, append=len(x)))
+    found = margin[np.lexsort((-(y + 1) * ahead, owner))]
+    first = np.cumsum(npix) - npix
+    ranked = np.where(np.arange(len(x)) == (first + minarea)[owner], -np.inf, found)
+    ranked = ranked[np.lexsort((-ranked, owner))]
+    nth = ranked.take(first + minarea - 1, mode="clip")
+    return np.select([npix > minarea, npix == minarea], [nth, found[first]])
 
 
-def count_up(counts):
-    """Return 0, 1, ... for each of the counts, one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+def close_pairs(x, y, reach):
+    """Yield, in portions, all pairs i < j of objects no further apart than they reach together.
+
+    Those that reach alike, within a factor of 2, meet all that reach no further in the nine cells
+    about them of a grid as wide as any two of these may be apart.
+    """
+    size = np.where(np.isfinite(x + y + reach), np.frexp(reach)[1], 9999)
+    for level in np.unique(size[size < 9999]):
+        seekers, near = np.flatnonzero(size == level), np.flatnonzero(size <= level)
+        row, column = (np.floor(values / 2.0 ** (level + 1)) for values in (y, x))
+        width = column[near].max() + 2
+        cell = row * width + column
+        near = near[np.argsort(cell[near])]
+        for middle in (cell[seekers] + step * width for step in (-1, 0, 1)):
+            first, last = np.searchsorted(cell[near], [middle - 1, middle + 2])
+            ends = np.cumsum(last - first)
+            for start in range(0, int(ends[-1]), PORTION):
+                place = np.arange(start, min(start + PORTION, ends[-1]))
+                seeker = np.searchsorted(ends, place, side="right")
+                i, j = seekers[seeker], near[place + (last - ends)[seeker]]
+                meet = np.hypot(x[i] - x[j], y[i] - y[j]) <= reach[i] + reach[j]
+                meet &= (size[j] < level) | (i < j)
+                yield np.minimum(i, j)[meet], np.maximum(i, j)[meet]
 
 
 # ---------------------------------------------------------------------------------------------

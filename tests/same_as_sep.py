@@ -13,7 +13,8 @@ CUT = 512
 def direct(image, *, mask=None, noise="float_globalrms", mesh=None, **keywords):
     """Return background, rms, objects and map as SEP itself gives them.
 
-    Where it cleans in the wrong units its objects are cleaned here; masked pixels are taken out.
+    Its objects are cleaned here, pair by pair, in the units in which it finds them; masked pixels
+    are taken out.
     """
     background = sep.Background(image, mask=mask, **(mesh or {}))
     if isinstance(noise, str):
@@ -25,13 +26,15 @@ def direct(image, *, mask=None, noise="float_globalrms", mesh=None, **keywords):
     defaults = {"thresh": 1.5, "filter_kernel": DEFAULT_KERNEL, "segmentation_map": True}
     keywords = {**defaults, "err": noise, "mask": mask, **keywords}
     kernel = keywords["filter_kernel"]
-    weighs = np.ndim(noise) and kernel is not None and keywords.get("filter_type") != "conv"
-    cleaned = keywords.pop("clean", True)
+    cleaned, beta = keywords.pop("clean", True), keywords.pop("clean_param", 1.0)
     residual = image - background.back()
-    objects, labels = sep.extract(residual, clean=cleaned and not weighs, **keywords)
+    objects, labels = sep.extract(residual, clean=False, **keywords)
     light = residual if mask is None else np.where(mask, 0, residual)
-    if weighs and len(objects):
-        objects, labels = in_units_of_detection(objects, labels, light, cleaned, **keywords)
+    margin = margins(objects, labels, light, **keywords)
+    if cleaned and len(objects):
+        objects, labels = clean_plainly(
+            objects, labels, light, margin, keywords.get("minarea", 5), beta
+        )
     if mask is not None:
         objects, labels = without_masked(objects, labels, light, mask, kernel)
     return background.back(), background.rms(), objects, labels
@@ -45,37 +48,71 @@ def correlate(image, kernel):
     return np.einsum("yxij,ij->yx", windows, kernel.astype(np.float64))
 
 
-def in_units_of_detection(
-    objects, labels, light, cleaned, thresh, err, mask, filter_kernel, **rest
-):
-    """Correct the isophotes of a matched filter on a noise array, and clean if that is wanted."""
+def margins(objects, labels, light, thresh, err, mask, filter_kernel, filter_type="matched", **_):
+    """Return by how much the filtered image is above the threshold, in its own units.
+
+    The isophotes of a matched filter on a noise array are corrected, in place.
+    """
+    if filter_kernel is None:
+        filter_kernel, filter_type = np.ones((1, 1)), "conv"
     kernel = filter_kernel / np.abs(filter_kernel.astype(np.float64)).sum()
+    if np.ndim(err) == 0 or filter_type == "conv":
+        return correlate(light, kernel) - thresh * (1 if err is None else err)
     good = np.ones(light.shape, bool) if mask is None else ~mask
     precision = np.where(good, err.astype(np.float64) ** -2, 0)
     weight = np.sqrt(correlate(precision, kernel**2))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        significance = correlate(light * precision, kernel) / weight
-        margin = (significance - thresh) * np.sum(kernel**2) / weight
     for i, one in enumerate(objects):
         own = labels == i + 1
         one["thresh"] = thresh * np.sqrt(np.sum(kernel**2)) * err[own & good].mean(dtype=np.float64)
         one["tnpix"] = np.sum(light[own] > one["thresh"])
-    minarea, beta = rest.get("minarea", 5), rest.get("clean_param", 1.0)
-    return (
-        clean_plainly(objects, labels, light, margin, minarea, beta)
-        if cleaned
-        else (
-            objects,
-            labels,
-        )
-    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        significance = correlate(light * precision, kernel) / weight
+        return (significance - thresh) * np.sum(kernel**2) / weight
 
 
-def clean_plainly(objects, labels, light, margin, minarea=5, beta=1.0):
-    """Clean as the manual of SExtractor tells it, pair by pair."""
+def as_found(values, own):
+    """Return the values of an object's pixels in the order in which SExtractor finds them."""
+    found, left = [], -np.inf
+    for y in np.flatnonzero(own.any(axis=1)):
+        x = np.flatnonzero(own[y])
+        ahead = x < left
+        found = [*values[y, x[ahead]], *found, *values[y, x[~ahead]]]
+        left = x[0]
+    return found
+
+
+def rank(found, minarea):
+    """Return the `minarea`-th highest, as SExtractor wants it: without the one after so many."""
+    if len(found) <= minarea:
+        return found[0] if len(found) == minarea else 0
+    return sorted(found[:minarea] + found[minarea + 1 :])[-minarea]
+
+
+def rank_of_sep(found, minarea):
+    """Return what SEP's heap gives for that: it goes on from the wrong child."""
+    if len(found) <= minarea:
+        return rank(found, minarea)
+    heap = sorted(found[:minarea])
+    for value in found[minarea + 1 :]:
+        if value <= heap[0]:
+            continue
+        heap[0], parent = value, 0
+        while (child := 2 * parent + 2) <= minarea:
+            if child != minarea and heap[child - 1] > heap[child]:
+                child += 1
+            if heap[parent] <= heap[child - 1]:
+                break
+            heap[parent], heap[child - 1] = heap[child - 1], heap[parent]
+            parent = child
+    return heap[0]
+
+
+def clean_plainly(objects, labels, light, margin, minarea=5, beta=1.0, ranked=rank):
+    """Clean as SExtractor does, pair by pair."""
     profiles = []
     for i, one in enumerate(objects):
-        values, margins = light[labels == i + 1], np.sort(margin[labels == i + 1])
+        own = labels == i + 1
+        values = light[own]
         half = (one["thresh"] + one["peak"]) / 2
         ratio = one["thresh"] / half
         drop = min(np.sum(values > half) - one["tnpix"], -1)
@@ -83,7 +120,7 @@ def clean_plainly(objects, labels, light, margin, minarea=5, beta=1.0):
         filling = min(drop / (2 * np.log(ratio if ratio < 1 else 0.99) * area), 1)
         height = one["cflux"] / (2 * area * filling)
         alpha = ((height / one["thresh"]) ** (1 / beta) - 1) * area / one["npix"]
-        profiles.append((height, alpha, margins[-minarea] if len(margins) >= minarea else 0))
+        profiles.append((height, alpha, ranked(as_found(margin, own), minarea)))
     alive = np.ones(len(objects), bool)
     for i, one in enumerate(objects):
         if not alive[i]:

@@ -9,7 +9,7 @@ from numpy.testing import assert_array_equal
 
 import source_extractor
 from common import DATA, rows_at
-from same_as_sep import CUT, DEFAULT_KERNEL, clean_plainly, correlate, direct
+from same_as_sep import CUT, DEFAULT_KERNEL, clean_plainly, correlate, direct, margins, rank_of_sep
 from source_extractor import (
     BackgroundSettings,
     ExtractionSettings,
@@ -101,60 +101,47 @@ IMAGES = {
 }
 
 
-def uncleaned(image, kernel=DEFAULT_KERNEL, err_option="float_globalrms", **keywords):
-    """Return SEP's objects without cleaning and their map."""
-    return direct(image, noise=err_option, filter_kernel=kernel, clean=False, **keywords)[2:]
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+def test_cleaning_keeps_what_sep_keeps(image, settings):
+    image, settings = image(), {"err_option": "float_globalrms", **settings}
+    field = field_of(image, **settings)
+    found = find_sources(field).objects
+    noise, beta = settings.pop("err_option"), settings.pop("clean_param", 1.0)
+    keywords = {
+        "thresh": settings.pop("thresh", 1.5),
+        "err": None if noise == "none" else field.noise,
+        "filter_kernel": settings.pop("kernel", DEFAULT_KERNEL),
+        **settings,
+    }
+    expected = sep.extract(field.residual, **keywords, clean_param=beta)
+    limit = 0.07 if keywords["filter_kernel"] is None else 0.04
+    assert len(places(expected) ^ places(found)) <= limit * len(expected) + 1
+    # Each departure is one of its heap.
+    objects, labels = sep.extract(field.residual, **keywords, clean=False, segmentation_map=True)
+    if len(objects) < 500:
+        margin = margins(objects, labels, field.residual, mask=None, **keywords)
+        arguments = objects, labels, field.residual, margin, settings.get("minarea", 5), beta
+        assert len(places(clean_plainly(*arguments)[0]) ^ places(found)) == 0
+        departures = places(clean_plainly(*arguments, ranked=rank_of_sep)[0]) ^ places(expected)
+        # It finds the pixels of ragged objects in another order.
+        assert len(departures) <= 0.02 * len(expected) + 1
+
+
+def places(objects):
+    return set(zip(objects["xpeak"], objects["ypeak"], strict=True))
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
-def test_few_objects_are_cleaned_as_sep_cleans_them(image, settings):
-    image, settings = image(), {"err_option": "float_globalrms", **settings}
+@pytest.mark.parametrize("count", [30, 150])
+def test_cleaning_goes_pair_by_pair(count, settings):
+    image, settings = crowded(count, count, side=200), {"err_option": "float_globalrms", **settings}
     objects, labels = find_sources(field_of(image, **settings))
     noise, kernel = settings.pop("err_option"), settings.pop("kernel", DEFAULT_KERNEL)
     expected = direct(image, noise=noise, filter_kernel=kernel, **settings)
     for name in objects.dtype.names:
         assert_array_equal(objects[name], expected[2][name])
     assert_array_equal(labels, expected[3])
-
-
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("count", [30, 150])
-def test_many_objects_are_cleaned_pair_by_pair(monkeypatch, count, settings):
-    monkeypatch.setattr(source_extractor, "FEW", 0)
-    image = crowded(count, count, side=200)
-    field = field_of(image, **settings)
-    objects, labels = find_sources(field)
-    before, map_before = uncleaned(image, **settings)
-    kernel, thresh = field.method.kernel, field.method.extraction.thresh
-    light, noise = field.residual, 1 if field.method.err_option == "none" else field.noise
-    if kernel is not None:
-        light = correlate(light, kernel / kernel.sum())
-    extraction = field.method.extraction
-    expected = clean_plainly(
-        before,
-        map_before,
-        field.residual,
-        light - thresh * noise,
-        extraction.minarea,
-        extraction.clean_param,
-    )
-    assert_array_equal(objects, expected[0])
-    assert_array_equal(labels, expected[1])
-
-
-def test_the_result_does_not_depend_on_how_the_image_lies(monkeypatch):
-    monkeypatch.setattr(source_extractor, "FEW", 0)
-    image = crowded(150, 4)
-    settings = {"thresh": 1.2, "deblend_nthresh": 1}  # deblending draws lots
-    there, back = (
-        find_sources(field_of(i, **settings)).objects
-        for i in (image, np.ascontiguousarray(image.T))
-    )
-    assert len(there) < len(uncleaned(image, **settings)[0])
-    assert set(zip(there["xpeak"], there["ypeak"], strict=True)) == set(
-        zip(back["ypeak"], back["xpeak"], strict=True)
-    )
 
 
 @pytest.mark.parametrize("portion", [1, 100, 2**18])
@@ -168,7 +155,7 @@ def test_all_pairs_that_reach_each_other_are_met_once(monkeypatch, portion):
     assert len(pairs) == len(set(pairs))
     i, j = np.triu_indices(200, 1)
     near = np.hypot(x[i] - x[j], y[i] - y[j]) <= reach[i] + reach[j]
-    assert set(zip(i[near], j[near], strict=True)) <= set(pairs)
+    assert set(zip(i[near], j[near], strict=True)) == set(pairs)
 
 
 @pytest.mark.parametrize("count", [50_000, 200_000])
@@ -177,7 +164,7 @@ def test_the_number_of_pairs_grows_as_that_of_objects(count):
     x, y = rng.uniform(0, np.sqrt(count) * 5, (2, count))
     reach = np.full(count, 5.0)
     reach[:5] = 1e3
-    assert sum(len(i) for i, _ in close_pairs(x, y, reach)) < 40 * count
+    assert sum(len(i) for i, _ in close_pairs(x, y, reach)) < 30 * count
 
 
 def test_noise_in_its_thousands_is_cleaned_in_a_moment():
