@@ -994,28 +994,14 @@ LARGEST = 1e30
 class Field:
     """An image with its background taken off, ready to be searched and measured.
 
-    Attributes
-    ----------
-    residual : ndarray, shape (ny, nx)
-    excluded : ndarray of bool, shape (ny, nx)
-        Where there is no value to use, or no noise.
-    mask : ndarray of bool, shape (ny, nx)
-        The same without the gaps that are bridged, where the residual is interpolated.
-    saturated : tuple of ndarray of int
-        Rows and columns of the saturated pixels.
-    noise : float or ndarray of shape (ny, nx)
-        Standard deviations to detect and to measure against.
-    background : sep.Background
-    method : Method
-    frame : Frame
-        In which all of these are.
+    Arrays have the shape (ny, nx), and all is in `frame`.
     """
 
-    residual: np.ndarray
-    excluded: np.ndarray
-    mask: np.ndarray
-    saturated: tuple[np.ndarray, ...]
-    noise: float | np.ndarray
+    residual: np.ndarray  # interpolated over bridged gaps
+    excluded: np.ndarray  # where there is no value to use, or no noise
+    mask: np.ndarray  # the same without bridged gaps
+    saturated: tuple[np.ndarray, ...]  # rows and columns of saturated pixels
+    noise: float | np.ndarray  # standard deviation, to detect and to measure against
     background: sep.Background
     method: Method
     frame: Frame
@@ -1116,18 +1102,8 @@ def too_large(pixels):
 def settle_noise(mask, noise, background, method):
     """Return the mask and the noise of a field, as its method wants them.
 
-    Parameters
-    ----------
-    mask : ndarray of bool, shape (ny, nx)
-    noise : ndarray, shape (ny, nx), or None
-        That of a noise image.
-    background : sep.Background
-    method : Method
-
-    Raises
-    ------
-    InputError
-        If the noise is of another order of magnitude than float32 can hold beside the image.
+    `noise` is that of a noise image, or None. Raises InputError if it is of another order of
+    magnitude than float32 can hold beside the image.
     """
     overall = global_rms(background)
     if method.err_option in ("none", "float_globalrms") or (noise is None and overall == 0):
@@ -1146,8 +1122,8 @@ def settle_noise(mask, noise, background, method):
 def estimate_background(pixels, mask, settings):
     """Return the `sep.Background` of an image (ny, nx), or None if SEP can use no box of it.
 
-    Where the noise is a few quanta SEP's medians, and so its level, are off by up to 1.4 quanta:
-    there it is given a copy in which each value is spread over its quantum.
+    Of a noise of a few quanta SEP's medians, and so its level, are off by up to 1.4 quanta: there
+    it takes a copy in which each value is spread over its quantum.
     """
     # SEP allocates whole boxes, also those larger than the image.
     settings = settings.cut_to(pixels.shape)
@@ -1155,20 +1131,18 @@ def estimate_background(pixels, mask, settings):
         return None
     keywords = {"mask": mask if mask.any() else None, **asdict(settings)}  # None is faster
     background = sep.Background(pixels, **keywords)
-    values = sample(pixels, mask)
-    quantum = quantum_of(values)
-    if not 0 < global_rms(background) < COARSE * quantum:
+    rms, quantum = global_rms(background), quantum_of(sample(pixels, mask))
+    if not 0 < rms < COARSE * quantum:
         return background
-    rng = np.random.default_rng(0)
-    noise = values - sample(background.back(), mask) + quantum * (rng.random(values.size) - 0.5)
-    low, middle, high = np.percentile(noise, [2.275, 15.866, 50])
-    # SEP's level is the mode: 5/12 of a photon below the mean, and as skew as that is the noise.
-    skew = np.clip(1.25 * (low - 2 * middle + high) / quantum, 0, 5 / 12)
-    dithered = rng.random(pixels.shape, pixels.dtype)
-    dithered += skew - 0.5
-    dithered *= quantum
-    dithered += pixels
-    return sep.Background(dithered, **keywords)
+    spread = np.random.default_rng(0).random(pixels.shape, pixels.dtype)
+    spread -= 0.5
+    spread *= quantum
+    spread += pixels
+    # SEP's level is the mode: of photons, whose variance is their mean, 5/12 of one below the mean.
+    middle = np.median(sample(spread, mask))
+    if abs(rms**2 / quantum - middle) < middle / 2:
+        spread += 5 / 12 * quantum
+    return sep.Background(spread, **keywords)
 
 
 def quantum_of(values):
@@ -1261,22 +1235,10 @@ class Detections(NamedTuple):
 
 @timed
 def find_sources(field):
-    """Run `sep.extract`, its internal limits grown as far as this image needs, and clean up.
+    """Return the `Detections` in a field: SEP's, cleaned up.
 
-    Meanwhile masked pixels of the residual are 0.
-
-    Parameters
-    ----------
-    field : Field
-
-    Returns
-    -------
-    Detections
-
-    Raises
-    ------
-    InputError
-        If there is no noise for the threshold to be a multiple of, or SEP gives up.
+    Meanwhile masked pixels of the residual are 0. Raises InputError if there is no noise for the
+    threshold to be a multiple of, or SEP gives up.
     """
     if field.is_noiseless() and field.residual[~field.mask].any():
         raise InputError(
@@ -2767,37 +2729,29 @@ def report_field(field, values):
         )
 
 
-# Which part of the image may have the same value, whether the noise is measured or not; and a
-# filter for such counts, pixels, with the log of the odds against one peak of noise.
+# Which part of the pixels may have one value; a filter for so sparse photons, pixels, and the log
+# of the odds against one peak of their noise.
 MUCH_ALIKE = 0.4
 COUNT_FWHM = 4.0
 COUNT_ODDS = 14.0
 
 
 def warn_of_counts(field, values):
-    """Tell if most pixels have one value, and how to find sources among counts all the same."""
+    """Tell if most pixels have one value, and how to find sources among photons all the same."""
     levels, numbers = np.unique(values, return_counts=True)
-    most = numbers.argmax()
-    share = numbers[most] / len(values)
+    share, level = numbers.max() / len(values), levels[numbers.argmax()]
     if share <= MUCH_ALIKE or field.is_noiseless():
         return
-    advice = "mask these pixels (--mask, --mask-box) if they hold no data"
-    rate = -math.log(share)  # of Poisson's counts
-    if numbers[most + 1 :][:1].sum() > rate / 2 * numbers[most]:
-        # Bernstein's bound of the counts under the filter
-        area = math.pi / math.log(4) * COUNT_FWHM**2
-        excess = math.sqrt(2 * rate * area * COUNT_ODDS) + COUNT_ODDS / 3
-        step, background = levels[most + 1] - levels[most], field.background.globalback
-        thresh = step * (rate + excess / area) + levels[most]
-        thresh -= field.frame.levels(np.array(background, dtype=np.float64))
-        advice = (
-            f"take an absolute threshold (--err-option none --thresh {thresh:.3g}) and smooth more "
-            f"(--filter-case gaussian --filter-fwhm {COUNT_FWHM:g})"
-        )
+    # Bernstein's bound of Poisson's counts under the filter, of which as many are none.
+    rate, area = -math.log(share), math.pi / math.log(4) * COUNT_FWHM**2
+    excess = math.sqrt(2 * rate * area * COUNT_ODDS) + COUNT_ODDS / 3
+    background = field.frame.levels(np.array(field.background.globalback, dtype=np.float64))
+    thresh = level + np.diff(levels).min() * (rate + excess / area) - background
     log.warning(
-        "%.0f %% of the pixels have the value %g, so that their noise has no meaning as a unit of "
-        "the threshold: %s",
-        *(100 * share, levels[most], advice),
+        "%.0f %% of the pixels have the value %g, so their noise is no unit for a threshold: mask "
+        "them if they hold no data; else take an absolute threshold (--err-option none --thresh "
+        "%.3g) and smooth more (--filter-case gaussian --filter-fwhm %g)",
+        *(100 * share, level, thresh, COUNT_FWHM),
     )
 
 

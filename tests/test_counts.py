@@ -134,7 +134,10 @@ def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
     image[:, :230] = 0
     result = run(write(image))
     assert re.search(
-        one_line("warning", r"45 % of the pixels have the value 0, .*mask these.*"), result.err
+        one_line(
+            "warning", r"45 % of the pixels have the value 0, .*mask them if they hold no data.*"
+        ),
+        result.err,
     )
     masked = run(write(image, "masked.fits"), "--mask-box", 0, 229, 0, 511)
     assert "have the value" not in masked.err
