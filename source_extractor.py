@@ -732,20 +732,10 @@ def wcs_offset(one, other, shape):
 
 
 def make_kernel(case, fwhm, path):
-    """Return the detection filter, float32 of odd shape, or None.
+    """Return the detection filter of the `--filter-case`, float32 of odd shape, or None.
 
-    Parameters
-    ----------
-    case : {"none", "default", "gaussian", "tophat", "file"}
-    fwhm : float
-        FWHM of the Gaussian or diameter of the top hat, in pixels.
-    path : Path
-        File for the case "file".
-
-    Raises
-    ------
-    InputError
-        If the file holds no kernel that SEP can use.
+    `fwhm` is that of the Gaussian, or the diameter of the top hat, in pixels; `path` a file, and an
+    `InputError` if it holds no kernel that SEP can use.
     """
     match case:
         case "none":
@@ -787,10 +777,11 @@ def read_kernel(path):
         ) from error
     if not kernel.any() or not np.isfinite(kernel).all():
         raise InputError(f"{path}: a kernel needs finite values that are not all zero")
-    if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
+    rows, columns = kernel.shape
+    if rows % 2 == 0 or columns % 2 == 0:
         raise InputError(
-            f"{path}: a kernel of {kernel.shape[0]} rows and {kernel.shape[1]} columns has no "
-            "central pixel and would shift the sources; make both odd"
+            f"{path}: a kernel of {rows} rows and {columns} columns has no central pixel and would "
+            "shift the sources; make both odd"
         )
     return np.ascontiguousarray(kernel)
 
