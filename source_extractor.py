@@ -1557,30 +1557,32 @@ def measure(field, measure_field, found, settings):
         A row an object, in pixels and image values; nan where there is nothing to measure.
     """
     objects, labels = found
-    ids = np.arange(1, len(objects) + 1, dtype=np.int32)
     shapes, sane = sane_shapes(objects)
-    neighbours = {"segmap": labels, "seg_id": ids[sane]}
+    neighbours = {"segmap": labels, "seg_id": np.flatnonzero(sane).astype(np.int32) + 1}
     with masked_as_neighbours(labels, field.mask):
         kron, kron_flag = kron_radii(field, shapes, neighbours, settings)
     with masked_as_neighbours(labels, measure_field.mask):
-        flux, error, flag = kron_fluxes(measure_field, shapes, kron, neighbours)
+        # Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
+        ellipse = {"r": kron, "subpix": 1, **neighbours}
+        flux, error, flag = sum_light(sep.sum_ellipse, measure_field, *shapes, **ellipse)
         radius = half_light_radii(measure_field, shapes, flux, neighbours)
         sigma = WINDOW_SIGMA * np.maximum(radius, 0.5)
         xwin, ywin = windowed_centroids(measure_field, shapes, sigma, neighbours)
-        spread = windowed_errors(measure_field, xwin, ywin, sigma, neighbours)
+        errors = windowed_errors(measure_field, xwin, ywin, sigma, neighbours)
         apertures = aperture_fluxes(measure_field, shapes, settings.aperture_diameters, neighbours)
     fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
     columns = {name: measure_field.frame.differences(values) for name, values in fluxes.items()}
-    columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin}
-    columns |= spread
-    measurements = pd.DataFrame(columns, index=ids[sane])
+    columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin, **errors}
+    measurements = pd.DataFrame(columns, index=np.flatnonzero(sane))
     measurements[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
+    flags = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
     # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
-    measurements["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
-    measurements = measurements.reindex(ids).reset_index(drop=True)
-    flags = measurements["flag_auto"].fillna(sep.APER_ALLMASKED)
-    measurements["flag_auto"] = flags.astype(np.int64)
-    return measurements.assign(**survey_background(measure_field, objects))
+    flags[sane] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
+    return measurements.reindex(range(len(objects))).assign(
+        flag_auto=flags,
+        background=at_objects(measure_field.level_map(), objects),
+        rms=at_objects(measure_field.rms_map(), objects),
+    )
 
 
 def sane_shapes(objects):
@@ -1616,15 +1618,16 @@ def kron_radii(field, shapes, neighbours, settings):
     return np.maximum(settings.kron_factor * r_k, settings.kron_min_radius), flag
 
 
-def kron_fluxes(field, shapes, kron, neighbours):
-    """Return the fluxes in the AUTO ellipses, their errors, and SEP's flags.
+def sum_light(sum_in, field, *shapes, **keywords):
+    """Return the fluxes that a function of SEP sums, their errors, and SEP's flags.
 
-    Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
+    Fluxes and errors are nan where the noise of no pixel was summed.
     """
-    flux, error, flag = sep.sum_ellipse(
-        field.residual, *shapes, kron, subpix=1, **noise_keywords(field), **neighbours
-    )
-    flag[forget_empty(flux, error, field.noise)] |= sep.APER_ALLMASKED
+    keywords |= {"err": field.noise, "gain": field.method.extraction.gain}
+    flux, error, flag = sum_in(field.residual, *shapes, **keywords)
+    empty = (error == 0) & np.any(field.noise)
+    flux[empty], error[empty] = np.nan, np.nan
+    flag[empty] |= sep.APER_ALLMASKED
     return flux, error, flag
 
 
@@ -1641,65 +1644,33 @@ def half_light_radii(field, shapes, flux, neighbours):
 def aperture_fluxes(field, shapes, diameters, neighbours):
     """Return the fluxes in circles, and their errors, under the names of their columns."""
     found = {}
-    keywords = {"subpix": 0, **noise_keywords(field), **neighbours}  # 0 is exact
     for diameter in diameters:
-        flux, error, _ = sep.sum_circle(
-            field.residual, shapes.x, shapes.y, diameter / 2, **keywords
-        )
-        forget_empty(flux, error, field.noise)
+        circle = {"r": diameter / 2, "subpix": 0, **neighbours}  # 0 is exact
+        flux, error, _ = sum_light(sep.sum_circle, field, shapes.x, shapes.y, **circle)
         found |= {f"flux_{aperture(diameter)}": flux, f"fluxerr_{aperture(diameter)}": error}
     return found
 
 
-def noise_keywords(field):
-    """Return what SEP wants to know for the errors of its sums."""
-    return {"err": field.noise, "gain": field.method.extraction.gain}
-
-
-def forget_empty(flux, error, noise):
-    """Make fluxes and errors nan, in place, where the noise of no pixel was summed; tell where."""
-    empty = (error == 0) & np.any(noise)
-    flux[empty], error[empty] = np.nan, np.nan
-    return empty
-
-
 def windowed_centroids(field, shapes, sigma, neighbours):
-    """Return the centroids in a Gaussian window, nan where a source has no `sigma`.
+    """Return the centroids in a Gaussian window, nan where a source has no `sigma` (pixels).
 
     SExtractor's XWIN_IMAGE and YWIN_IMAGE. `sep.winpos` knows no neighbours, and would run to a
-    bright one: a source that has any in reach is measured on a stamp of its own without them.
-
-    Parameters
-    ----------
-    field : Field
-    shapes : Shapes
-    sigma : ndarray
-        Of the windows, pixels.
-    neighbours : dict
-        The map "segmap", in which masked pixels have a label too, and the sources' own, "seg_id".
-
-    Returns
-    -------
-    xwin, ywin : ndarray
+    bright one: a source that has any in reach is measured on a stamp of its own without them. Of
+    `neighbours`, the map "segmap" labels masked pixels too, and "seg_id" are the sources' labels.
     """
-    image, labels = field.residual, neighbours["segmap"]
-    xwin, ywin = np.full((2, len(sigma)), np.nan)
-    sized = np.flatnonzero(np.isfinite(sigma))
-    ids, x, y = neighbours["seg_id"][sized], shapes.x[sized], shapes.y[sized]
-    sigma = sigma[sized]
-    reach = WINDOW_ROOM * WINDOW_REACH * sigma + 2
-    _, _, flag = sep.sum_circle(image, x, y, reach, segmap=labels, seg_id=ids, subpix=1)
-    crowded = (flag & sep.APER_HASMASKED) > 0
-    found = np.full((2, len(x)), np.nan)
-    found[:, ~crowded] = sep.winpos(image, x[~crowded], y[~crowded], sigma[~crowded])[:2]
-    for i in np.flatnonzero(crowded):
+    image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
+    x, y, found = shapes.x, shapes.y, np.full((2, len(sigma)), np.nan)
+    reach = WINDOW_ROOM * WINDOW_REACH * np.nan_to_num(sigma) + 2
+    _, _, flag = sep.sum_circle(image, x, y, reach, subpix=1, **neighbours)
+    crowded, sized = (flag & sep.APER_HASMASKED) > 0, np.isfinite(sigma)
+    alone = sized & ~crowded
+    found[:, alone] = sep.winpos(image, x[alone], y[alone], sigma[alone])[:2]
+    for i in np.flatnonzero(sized & crowded):
         stamp, left, bottom = lone_stamp(image, labels, ids[i], x[i], y[i], reach[i])
         at_x, at_y, _ = sep.winpos(stamp, [x[i] - left], [y[i] - bottom], [sigma[i]])
         found[:, i] = at_x[0] + left, at_y[0] + bottom
-    strayed = np.hypot(found[0] - x, found[1] - y) > STRAY * sigma
-    found[:, strayed] = np.nan
-    xwin[sized], ywin[sized] = found
-    return xwin, ywin
+    found[:, np.hypot(found[0] - x, found[1] - y) > STRAY * sigma] = np.nan
+    return found
 
 
 def windowed_errors(field, xwin, ywin, sigma, neighbours):
@@ -1708,77 +1679,62 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
     SExtractor's ERRAWIN_IMAGE, ERRBWIN_IMAGE (pixels) and ERRTHETAWIN_IMAGE (here in radians). What
     isn't the source's own or sky is left out; parameters else as in `windowed_centroids`.
     """
-    image, labels, gain = field.residual, neighbours["segmap"], field.method.extraction.gain
-    noise = np.broadcast_to(field.noise, image.shape)
-    errors = np.full((3, len(xwin)), np.nan)
+    image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
+    noise, gain = np.broadcast_to(field.noise, image.shape), field.method.extraction.gain or np.inf
     halves = np.ceil(np.minimum(WINDOW_REACH * sigma, max(image.shape)))
     halves[np.isnan(xwin)] = np.nan
+    sums = np.full((4, len(xwin)), np.nan)
     # All windows of one size together, row by row: fast for many sources, lean for large ones.
     for half in np.unique(halves[halves > 0]).astype(int):
         alike, offsets = np.flatnonzero(halves == half), np.arange(-half, half + 1)
-        x, y, s, ids = (
-            values[alike, np.newaxis] for values in (xwin, ywin, sigma, neighbours["seg_id"])
-        )
-        columns, sums = np.rint(x).astype(int) + offsets, np.zeros((4, len(alike)))
+        x, y, s, own_id = (values[alike, np.newaxis] for values in (xwin, ywin, sigma, ids))
+        columns, total = np.rint(x).astype(int) + offsets, 0
         for rows in np.rint(y).astype(int) + offsets[:, np.newaxis, np.newaxis]:
-            at = np.clip(rows, 0, image.shape[0] - 1), np.clip(columns, 0, image.shape[1] - 1)
+            inside, at = pixels_at(rows, columns, image.shape)
             dx, dy = columns - x, rows - y
             r = np.hypot(dx, dy) / s
-            own = (at[0] == rows) & (at[1] == columns) & (r < WINDOW_REACH)
-            own &= (labels[at] == ids) | (labels[at] == 0)
+            own = inside & (r < WINDOW_REACH) & ((labels[at] == own_id) | (labels[at] == 0))
             weight = np.exp(-(r**2) / 2)
             light, rms = weight * np.where(own, (image[at], noise[at]), 0)
-            variance = rms**2 + weight * np.maximum(light, 0) / (gain or np.inf)
-            sums += np.sum((light, variance * dx**2, variance * dy**2, variance * dx * dy), axis=2)
-        xx, yy, xy = 4 * sums[1:] / np.where(sums[0] > 0, sums[0], np.nan) ** 2
-        mean, half_gap = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
-        axes = np.sqrt([mean + half_gap, np.maximum(mean - half_gap, 0)])
-        errors[:, alike] = *axes, np.arctan2(2 * xy, xx - yy) / 2
-    return dict(zip(("errawin", "errbwin", "errthetawin"), errors, strict=True))
+            variance = rms**2 + weight * np.maximum(light, 0) / gain
+            total += np.sum((light, variance * dx**2, variance * dy**2, variance * dx * dy), axis=2)
+        sums[:, alike] = total
+    xx, yy, xy = 4 * sums[1:] / np.where(sums[0] > 0, sums[0], np.nan) ** 2
+    mean, half_gap = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
+    major, minor = np.sqrt([mean + half_gap, np.maximum(mean - half_gap, 0)])
+    return {"errawin": major, "errbwin": minor, "errthetawin": np.arctan2(2 * xy, xx - yy) / 2}
 
 
 def lone_stamp(image, labels, label, x, y, reach):
     """Cut out a source and replace what isn't its own, as SExtractor's MASK_TYPE CORRECT does.
 
     A foreign pixel takes the value opposite to it about (x, y), or 0 where that is foreign too.
-
-    Returns
-    -------
-    stamp : ndarray
-    left, bottom : int
-        Column and row of the image at the stamp's first pixel.
+    After the stamp come the column and the row of the image at its first pixel.
     """
     ny, nx = image.shape
     left = math.ceil(x - min(reach, max(x, nx - 1 - x)))
     bottom = math.ceil(y - min(reach, max(y, ny - 1 - y)))
     # The last pixel is the one opposite to the first, so that a flip swaps opposite pixels.
-    width, height = round(2 * x) - 2 * left + 1, round(2 * y) - 2 * bottom + 1
-    stamp, foreign = np.zeros((height, width), image.dtype), np.zeros((height, width), bool)
-    rows = slice(max(bottom, 0), min(bottom + height, ny))
-    columns = slice(max(left, 0), min(left + width, nx))
-    inside = (
-        slice(rows.start - bottom, rows.stop - bottom),
-        slice(columns.start - left, columns.stop - left),
-    )
-    stamp[inside] = image[rows, columns]
-    foreign[inside] = (labels[rows, columns] != 0) & (labels[rows, columns] != label)
+    rows = np.arange(bottom, round(2 * y) - bottom + 1)[:, np.newaxis]
+    columns = np.arange(left, round(2 * x) - left + 1)
+    inside, at = pixels_at(rows, columns, image.shape)
+    stamp, owner = np.where(inside, image[at], 0), np.where(inside, labels[at], 0)
+    foreign = (owner != 0) & (owner != label)
     opposite = np.where(foreign[::-1, ::-1], 0, stamp[::-1, ::-1])
     return np.where(foreign, opposite, stamp), left, bottom
 
 
-def survey_background(field, objects):
-    """Return the background and its RMS at the objects, in image values, by column."""
-    return {
-        "background": at_objects(field.level_map(), objects),
-        "rms": at_objects(field.rms_map(), objects),
-    }
+def pixels_at(rows, columns, shape):
+    """Tell which pixels are in an image of this shape (ny, nx); return the index of the nearest."""
+    nearest = np.clip(rows, 0, shape[0] - 1), np.clip(columns, 0, shape[1] - 1)
+    return (nearest[0] == rows) & (nearest[1] == columns), nearest
 
 
 def at_objects(values, objects):
     """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
     rows, columns = (
-        np.clip(np.rint(np.nan_to_num(objects[name])), 0, size - 1).astype(int)
-        for name, size in zip(("y", "x"), values.shape, strict=True)
+        np.clip(np.rint(np.nan_to_num(objects[axis])), 0, size - 1).astype(int)
+        for axis, size in zip("yx", values.shape, strict=True)
     )
     return values[rows, columns].astype(float)
 
