@@ -1760,12 +1760,7 @@ COLUMNS = (
     Column("id", None, "meta.id;meta.main", "label of the object in the segmentation map"),
     Column("thresh", "image", "phot.flux;stat.min", "detection threshold at the object"),
     Column("npix", "pixel", "meta.number;instr.pixel", "number of pixels of the object"),
-    Column(
-        "tnpix",
-        "pixel",
-        "meta.number;instr.pixel",
-        "number of its pixels above the threshold without filter",
-    ),
+    Column("tnpix", "pixel", "meta.number;instr.pixel", "those above the threshold unfiltered"),
     Column("xmin", "pixel", "pos.cartesian.x;stat.min", "first column of the object"),
     Column("xmax", "pixel", "pos.cartesian.x;stat.max", "last column of the object"),
     Column("ymin", "pixel", "pos.cartesian.y;stat.min", "first row of the object"),
@@ -1777,9 +1772,7 @@ COLUMNS = (
     Column("xy", "pixel2", "src.morph.param", "covariance of the light in x and y"),
     Column("errx2", "pixel2", "stat.variance;pos.cartesian.x", "variance of the error of x"),
     Column("erry2", "pixel2", "stat.variance;pos.cartesian.y", "variance of the error of y"),
-    Column(
-        "errxy", "pixel2", "stat.covariance;pos.cartesian", "covariance of the errors of x and y"
-    ),
+    Column("errxy", "pixel2", "stat.covariance;pos.cartesian", "covariance of errors of x and y"),
     Column("a", "pixel", "phys.size.smajAxis", "RMS of the light along the major axis"),
     Column("b", "pixel", "phys.size.sminAxis", "RMS of the light along the minor axis"),
     Column("theta", "rad", "pos.posAng", "angle of the major axis, from +x towards +y"),
@@ -1790,10 +1783,8 @@ COLUMNS = (
     Column("flux", "image sum", "phot.flux", "sum of the object's pixels"),
     Column("cpeak", "image", "phot.flux;stat.max", "highest pixel in the filtered image"),
     Column("peak", "image", "phot.flux;stat.max", "highest pixel"),
-    Column(
-        "xcpeak", "pixel", "pos.cartesian.x", "column of the highest pixel in the filtered image"
-    ),
-    Column("ycpeak", "pixel", "pos.cartesian.y", "row of the highest pixel in the filtered image"),
+    Column("xcpeak", "pixel", "pos.cartesian.x", "column of the highest filtered pixel"),
+    Column("ycpeak", "pixel", "pos.cartesian.y", "row of the highest filtered pixel"),
     Column("xpeak", "pixel", "pos.cartesian.x", "column of the highest pixel"),
     Column("ypeak", "pixel", "pos.cartesian.y", "row of the highest pixel"),
     Column("flag", None, "meta.code", "extraction flags"),
@@ -1803,17 +1794,13 @@ COLUMNS = (
     Column("fwhm", "pixel", "phys.angSize", "FWHM of a Gaussian of the same a and b"),
     Column("background", "measure", "instr.background", "background level at the object"),
     Column("rms", "measure", "stat.stdev;instr.background", "background RMS at the object"),
-    Column(
-        "kron_radius", None, "phys.angSize", "Kron radius of the AUTO ellipse in units of a and b"
-    ),
+    Column("kron_radius", None, "phys.angSize", "radius of the Kron ellipse in units of a and b"),
     Column("flux_auto", "measure sum", "phot.flux", "flux in the Kron ellipse"),
     Column("fluxerr_auto", "measure sum", "stat.error;phot.flux", "error of flux_auto"),
     Column("mag_auto", "mag", "phot.mag", "magnitude of flux_auto"),
     Column("magerr_auto", "mag", "stat.error;phot.mag", "error of mag_auto"),
     Column("snr", None, "stat.snr", "flux_auto / fluxerr_auto"),
-    Column(
-        "flux_radius", "pixel", "phys.angSize", "radius of the circle that holds half of flux_auto"
-    ),
+    Column("flux_radius", "pixel", "phys.angSize", "radius of a circle with half of flux_auto"),
     Column("xwin", "pixel", "pos.cartesian.x", "windowed centroid along x"),
     Column("ywin", "pixel", "pos.cartesian.y", "windowed centroid along y"),
     Column("flag_auto", None, "meta.code", "photometry flags"),
@@ -1859,16 +1846,9 @@ def unit_of_sums(text):
 
 
 def build_catalog(objects, measurements, wcs, settings):
-    """Return the catalogue, a row an object, with exactly the columns that the contract has.
+    """Return the catalogue, a row an object: SEP's objects, what `measure` found, and their sequel.
 
-    Parameters
-    ----------
-    objects : structured ndarray
-        `sep.extract`'s objects.
-    measurements : DataFrame
-        What `measure` found.
-    wcs : WCS or None
-    settings : PhotometrySettings
+    It has exactly the columns that the contract has; without a `wcs` the sky positions are nan.
     """
     catalog = pd.concat([pd.DataFrame(objects), measurements], axis=1)
     catalog["id"] = np.arange(1, len(objects) + 1)
@@ -1878,16 +1858,11 @@ def build_catalog(objects, measurements, wcs, settings):
     catalog["fwhm"] = 2 * np.sqrt(math.log(2) * (catalog["a"] ** 2 + catalog["b"] ** 2))
     catalog["snr"] = catalog["flux_auto"] / catalog["fluxerr_auto"].where(lambda error: error > 0)
     for kind in ("auto", *map(aperture, settings.aperture_diameters)):
-        catalog[f"mag_{kind}"], catalog[f"magerr_{kind}"] = to_magnitudes(
-            catalog[f"flux_{kind}"], catalog[f"fluxerr_{kind}"], settings.zeropoint
-        )
+        flux, error = catalog[f"flux_{kind}"], catalog[f"fluxerr_{kind}"]
+        flux = flux.where(flux > 0)
+        catalog[f"mag_{kind}"] = settings.zeropoint - 2.5 * np.log10(flux)
+        catalog[f"magerr_{kind}"] = 2.5 / math.log(10) * error / flux  # to first order
     return catalog[[column.name for column in catalog_columns(settings.aperture_diameters)]]
-
-
-def to_magnitudes(flux, error, zeropoint):
-    """Return magnitudes and their errors, to first order; nan where the flux is not positive."""
-    flux = flux.where(flux > 0)
-    return zeropoint - 2.5 * np.log10(flux), 2.5 / math.log(10) * error / flux
 
 
 def sky_positions(wcs, x, y):
