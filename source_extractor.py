@@ -734,8 +734,8 @@ def wcs_offset(one, other, shape):
 def make_kernel(case, fwhm, path):
     """Return the detection filter of the `--filter-case`, float32 of odd shape, or None.
 
-    `fwhm` is that of the Gaussian, or the diameter of the top hat, in pixels; `path` a file, and an
-    `InputError` if it holds no kernel that SEP can use.
+    `fwhm` is that of the Gaussian, or the diameter of the top hat, in pixels; `path` is the file of
+    a kernel, which raises an `InputError` if SEP can't use it.
     """
     match case:
         case "none":
@@ -1846,7 +1846,7 @@ def unit_of_sums(text):
 
 
 def build_catalog(objects, measurements, wcs, settings):
-    """Return the catalogue, a row an object: SEP's objects, what `measure` found, and their sequel.
+    """Return the catalogue, a row an object, from SEP's objects and what `measure` found of them.
 
     It has exactly the columns that the contract has; without a `wcs` the sky positions are nan.
     """
