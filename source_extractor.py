@@ -1888,21 +1888,10 @@ def sky_positions(wcs, x, y):
 
 @dataclass(frozen=True)
 class Result:
-    """All that the products are made from.
+    """All that the products of an image are made from.
 
-    Attributes
-    ----------
-    origin : Origin
-        Of the image.
-    field : Field
-    segmentation : ndarray of int32, shape (ny, nx)
-    catalog : DataFrame
-    columns : tuple of Column
-        Those of the catalogue, with their units.
-    settings : list of str
-        How it was made, a line each.
-    image_format : {"fits", "tiff"} or None
-        Of image products; None to go by their extensions.
+    The columns are the catalogue's, with their units; the settings tell how it was made, a line
+    each; the image format is "fits", "tiff", or None to go by the extensions of image products.
     """
 
     origin: Origin
@@ -1942,22 +1931,13 @@ def write_subtracted(path, result):
 def write_image(path, result, product, values, unit):
     """Write an image product; floats as float32, unless the image is float64.
 
-    TIFF keeps neither WCS nor unit, and labels as the smallest unsigned integers that hold them.
-
-    Parameters
-    ----------
-    path : Path
-    result : Result
-    product : str
-        Its name, for the history.
-    values : ndarray, shape (ny, nx)
-    unit : str or None
-        BUNIT.
+    FITS has the unit as BUNIT. TIFF keeps neither WCS nor unit, and labels as the smallest unsigned
+    integers that hold them.
     """
     if values.dtype == np.float64 and result.origin.dtype != "float64":
         values = values.astype(np.float32)
-    form, history = result.image_format, result.history(product)
-    if form == "tiff" or (form is None and path.suffix.lower() in (".tif", ".tiff")):
+    history = result.history(product)
+    if (result.image_format or path.suffix.lower()) in ("tiff", ".tiff", ".tif"):
         if values.dtype.kind == "i":
             values = values.astype(np.min_scalar_type(values.max()))
         tifffile.imwrite(path, values, description="\n".join(history), metadata=None)
@@ -2033,15 +2013,9 @@ def sky_ellipses(wcs, x, y, a, b, theta):
             wcs.pixel_to_world(x + length * dx, y + length * dy).icrs
             for length, (dx, dy) in ((0, along), (a, along), (b, across))
         )
-    return np.array(
-        [
-            centre.ra.deg,
-            centre.dec.deg,
-            centre.separation(major).arcsec,
-            centre.separation(minor).arcsec,
-            (centre.position_angle(major).deg + 90) % 180,
-        ]
-    )
+    axes = (centre.separation(end).arcsec for end in (major, minor))
+    angle = (centre.position_angle(major).deg + 90) % 180
+    return np.array([centre.ra.deg, centre.dec.deg, *axes, angle])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2053,17 +2027,9 @@ PICTURE_SIDE = 1000
 
 
 def shrink(image, row_of_blocks):
-    """Reduce an image (ny, nx) to the resolution of a picture, a strip of it at a time.
-
-    Parameters
-    ----------
-    image : ndarray, shape (ny, nx)
-    row_of_blocks : callable
-        `block_means` or `block_maxima`.
-    """
+    """Reduce an image by `block_means` or `block_maxima` to a picture, a strip of it at a time."""
     step = math.ceil(max(image.shape) / PICTURE_SIDE)
-    starts = np.arange(0, image.shape[1], step)
-    tops = range(0, image.shape[0], step)
+    starts, tops = np.arange(0, image.shape[1], step), range(0, image.shape[0], step)
     return np.stack([row_of_blocks(image[top : top + step], starts) for top in tops])
 
 
@@ -2119,15 +2085,9 @@ def show_sources(axes, result):
         show_image(axes, masked, field.mask.shape, cmap=VEIL, vmin=0, vmax=1)
     axes.set_title(title, loc="left")
     x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
-    ellipses = EllipseCollection(
-        *(6 * a, 6 * b, np.degrees(theta)),
-        units="xy",
-        offsets=np.column_stack([x, y]),
-        offset_transform=axes.transData,
-        facecolors="none",
-        edgecolors="red",
-        linewidths=0.8,
-    )
+    place = {"units": "xy", "offsets": np.column_stack([x, y]), "offset_transform": axes.transData}
+    style = {"facecolors": "none", "edgecolors": "red", "linewidths": 0.8}
+    ellipses = EllipseCollection(6 * a, 6 * b, np.degrees(theta), **place, **style)
     axes.add_collection(ellipses, autolim=False)
     return drawn
 
@@ -2147,13 +2107,10 @@ def stretch(values):
 def draw_overlay(path, result):
     """Draw the picture of the sources (PNG)."""
     width, height = panel_size(result.field.mask.shape)
-    whole_width, whole_height = max(width + 1, 3.3), height + 1.1  # wide enough for the title
-    figure = Figure(figsize=(whole_width, whole_height), dpi=120)
-    axes = figure.add_axes(
-        (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height),
-        anchor="W",
-    )
-    show_sources(axes, result)
+    whole = max(width + 1, 3.3), height + 1.1  # wide enough for the title
+    figure = Figure(figsize=whole, dpi=120)
+    place = np.divide([0.8, 0.6, width, height], [*whole, *whole])
+    show_sources(figure.add_axes(place, anchor="W"), result)
     figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
 
 
@@ -2165,16 +2122,14 @@ def draw_overview(path, result):
     panels = figure.subplots(2, 2).ravel()
     colours = np.random.default_rng(0).uniform(0.3, 1, (len(result.catalog) + 1, 3))
     colours[0] = 0
-    drawn = [show_sources(panels[0], result)]
+    figure.colorbar(show_sources(panels[0], result), ax=panels[0])
     for axes, title, picture, colour_map in (
         (panels[1], "background", drawable(shrink(field.level_map(), block_means)), None),
         (panels[2], "background RMS", drawable(shrink(field.rms_map(), block_means)), None),
         (panels[3], "segmentation", shrink(labels, block_maxima), ListedColormap(colours)),
     ):
-        drawn.append(show_image(axes, picture, labels.shape, cmap=colour_map))
+        figure.colorbar(show_image(axes, picture, labels.shape, cmap=colour_map), ax=axes)
         axes.set_title(title, loc="left")
-    for axes, picture in zip(panels, drawn, strict=True):
-        figure.colorbar(picture, ax=axes)
     figure.savefig(path, format="png")
 
 
