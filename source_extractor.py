@@ -2137,7 +2137,6 @@ def draw_overview(path, result):
 # Products: all or none
 # ---------------------------------------------------------------------------------------------
 
-SUFFIXES = {"fits": ".fits", "tiff": ".tiff"}
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -2149,8 +2148,9 @@ class Product(NamedTuple):
     write: Callable[[Path, Result], None]
 
     def file_name(self, suffix):
-        """Return the default name, an image's with the extension of its format."""
-        return self.default if "." in self.default else self.default + suffix
+        """Return the default name, if any, an image's with the extension of its format."""
+        is_image = self.default and "." not in self.default
+        return self.default + suffix if is_image else self.default
 
 
 PRODUCTS = {
@@ -2181,22 +2181,10 @@ def write_products(paths, targets, result):
 def staged(targets):
     """Give each target a temporary path beside it; put all in place at the end, or none.
 
-    Parameters
-    ----------
-    targets : dict of str to Path
-
-    Yields
-    ------
-    dict of str to Path
-        Under the same names, with the same extensions.
-
-    Raises
-    ------
-    InputError
-        If a target can't be written, before anything is done.
+    It takes and yields paths by the name of their product; the temporary ones have the extensions
+    of their targets. A target that can't be written raises an `InputError` before anything is done.
     """
-    token = secrets.token_hex(4)
-    parts = {}
+    token, parts = secrets.token_hex(4), {}
     try:
         for target in targets.values():
             with writing(target):
@@ -2252,7 +2240,7 @@ def stopping_by(handler):
 # ---------------------------------------------------------------------------------------------
 
 
-def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
+def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=False):
     """Return a converter for argparse: a finite int or float within bounds.
 
     `minimum` and `maximum` are allowed themselves, `above` is not.
@@ -2263,14 +2251,14 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if value in (math.inf, -math.inf) or value != value:
+        if not -math.inf < value < math.inf:
             wanted = "a whole number" if kind is int else "a finite number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
         if value > maximum:
             raise argparse.ArgumentTypeError(f"{text} is more than {maximum}")
-        if above is not None and value <= above:
+        if value <= above:
             raise argparse.ArgumentTypeError(f"{text} is no more than {above}")
         if odd and value % 2 == 0:
             raise argparse.ArgumentTypeError(f"{text} is even; take an odd number")
@@ -2279,16 +2267,8 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
     return convert
 
 
-POSITIVE = number(float, above=0)
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        # Or else argparse takes -1e-5 for an option.
-        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message):
         self.exit(2, f"{PROG}: error: {one_line(message)} (see --help)\n")
@@ -2313,13 +2293,13 @@ def option_of(name):
     return "--" + name.replace("_", "-")
 
 
-def add_option(group, name, kind, default, text, **keywords):
+def add_option(group, names, kind, text, **keywords):
     """Add an option of a type, or of a tuple of choices, whose help ends in its default."""
     if isinstance(kind, tuple):
         keywords["choices"], kind = kind, type(kind[0])
-    if default not in (None, [], ()):
-        text += " (default: %(default)s)"
-    group.add_argument(name, type=kind, default=default, help=text, **keywords)
+    option = group.add_argument(*names.split(), type=kind, help=text, **keywords)
+    if option.default not in (None, [], ()):
+        option.help += " (default: %(default)s)"
 
 
 def build_parser():
@@ -2333,105 +2313,87 @@ def build_parser():
         "\npicture and catalogue.",
         allow_abbrev=False,
     )
+    # Or else argparse takes -1e-5 for an option.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
+    for settings in (BackgroundSettings, ExtractionSettings, PhotometrySettings):
+        parser.set_defaults(**asdict(settings()))
     parser.add_argument("image", metavar="IMAGE", type=Path, help="FITS or TIFF image")
-    mesh, extraction = BackgroundSettings, ExtractionSettings
+    real, positive = number(float), partial(number, float, above=0)
 
     group = parser.add_argument_group("input")
     add = partial(add_option, group)
-    add("--hdu", str, None, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)")
-    add("--plane", number(int, 0), None, "plane of a cube or stack, over the flattened other axes")
-    add("--mask", Path, None, "mask image, FITS or TIFF, of the same shape")
-    add("--mask-hdu", str, None, "HDU of the mask, as --hdu")
+    add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)")
+    add("--plane", number(int, 0), "plane of a cube or stack, over the flattened other axes")
+    add("--mask", Path, "mask image, FITS or TIFF, of the same shape")
+    add("--mask-hdu", str, "HDU of the mask, as --hdu")
     either = partial(add_option, group.add_mutually_exclusive_group())
-    either("--maskthresh", number(float), 0.0, "mask pixels greater than this are masked")
-    bits = {"nargs": "+", "metavar": "BIT"}
+    either("--maskthresh", real, "mask pixels greater than this are masked", default=0.0)
     text = "or: mask pixels with any of these bits are masked, such as 1 2 1024, or their sum"
-    either("--mask-bits", number(int, 1, 2**64 - 1), None, text, **bits)
+    either("--mask-bits", number(int, 1, 2**64 - 1), text, nargs="+", metavar="BIT")
     box = {"nargs": 4, "action": "append", "metavar": ("XMIN", "XMAX", "YMIN", "YMAX")}
-    add("--mask-box", number(int, 0), [], "mask 0-based pixels, ends included; repeatable", **box)
-    values = {"nargs": "+", "metavar": "VALUE"}
-    add(
-        "--blank",
-        number(float),
-        [],
-        "values of pixels without data, such as 0 in a mosaic",
-        **values,
-    )
-    add("--bridge", number(int, 0, 5), 3, "interpolate over masks this narrow, pixels; 0: none")
+    text = "mask 0-based pixels, ends included; repeatable"
+    add("--mask-box", number(int, 0), text, default=[], **box)
+    text = "values of pixels without data, such as 0 in a mosaic"
+    add("--blank", real, text, default=[], nargs="+", metavar="VALUE")
+    text = "interpolate over masks this narrow, pixels; 0: none"
+    add("--bridge", number(int, 0, 5), text, default=3)
 
     add = partial(add_option, parser.add_argument_group("background"))
-    add("--bw", number(int, 8), mesh.bw, "width of the boxes, pixels")
-    add("--bh", number(int, 8), mesh.bh, "height of the boxes, pixels")
-    add("--fw", number(int, 1, 99, odd=True), mesh.fw, "width of the median filter, boxes, odd")
-    add("--fh", number(int, 1, 99, odd=True), mesh.fh, "height of the median filter, boxes, odd")
-    add("--fthresh", number(float, 0), mesh.fthresh, "filter boxes this far from the median")
-    add("--background-passes", (1, 2), 1, "with 2, mask the sources and estimate it again")
+    add("--bw", number(int, 8), "width of the boxes, pixels")
+    add("--bh", number(int, 8), "height of the boxes, pixels")
+    add("--fw", number(int, 1, 99, odd=True), "width of the median filter, boxes, odd")
+    add("--fh", number(int, 1, 99, odd=True), "height of the median filter, boxes, odd")
+    add("--fthresh", number(float, 0), "filter boxes this far from the median")
+    add("--background-passes", (1, 2), "with 2, mask the sources and estimate it again", default=1)
 
     add = partial(add_option, parser.add_argument_group("detection"))
-    add("--thresh", POSITIVE, extraction.thresh, "times the noise; absolute without noise")
+    add("--thresh", positive(), "times the noise; absolute without noise")
     noises = ("float_globalrms", "array_rms", "none", "file")
-    add("--err-option", noises, noises[0], "noise: one number, RMS map, none, or --err-file")
-    add("--err-file", Path, None, "noise image for --err-option file")
-    add("--err-hdu", str, None, "HDU of the noise image, as --hdu")
-    add("--err-type", ("stddev", "variance", "weight"), "stddev", "weight is inverse variance")
-    add("--gain", POSITIVE, extraction.gain, "e-/ADU, for Poisson noise in errors")
-    add("--saturation", number(float), None, "level of saturated pixels (default: SATURATE)")
-    add("--minarea", number(int, 1, 2**31 - 1), extraction.minarea, "least pixels of a source")
+    text = "noise: one number, RMS map, none, or --err-file"
+    add("--err-option", noises, text, default=noises[0])
+    add("--err-file", Path, "noise image for --err-option file")
+    add("--err-hdu", str, "HDU of the noise image, as --hdu")
+    kinds = ("stddev", "variance", "weight")
+    add("--err-type", kinds, "weight is inverse variance", default=kinds[0])
+    add("--gain", positive(), "e-/ADU, for Poisson noise in errors")
+    add("--saturation", real, "level of saturated pixels (default: SATURATE)")
+    add("--minarea", number(int, 1, 2**31 - 1), "least pixels of a source")
 
     add = partial(add_option, parser.add_argument_group("filter"))
     kernels = ("none", "default", "gaussian", "tophat", "file")
-    add("--filter-case", kernels, "default", "default is 1 2 1 / 2 4 2 / 1 2 1")
-    width = number(float, maximum=50, above=0)
-    add("--filter-fwhm", width, 2.0, "FWHM of gaussian, diameter of tophat, pixels")
-    add("--filter-file", Path, None, "kernel as text or SExtractor's .conv")
-    kinds = ("matched", "conv")
-    add("--filter-type", kinds, extraction.filter_type, "how to filter where noise is an array")
+    add("--filter-case", kernels, "default is 1 2 1 / 2 4 2 / 1 2 1", default="default")
+    text = "FWHM of gaussian, diameter of tophat, pixels"
+    add("--filter-fwhm", positive(maximum=50), text, default=2.0)
+    add("--filter-file", Path, "kernel as text or SExtractor's .conv")
+    add("--filter-type", ("matched", "conv"), "how to filter where noise is an array")
 
     group = parser.add_argument_group("deblending and cleaning")
     add = partial(add_option, group)
-    levels = number(int, 1, 1024)
-    add("--deblend-nthresh", levels, extraction.deblend_nthresh, "number of levels")
-    contrast = number(float, 0, 1)
-    add("--deblend-cont", contrast, extraction.deblend_cont, "least contrast; 1 splits nothing")
-    group.add_argument(
-        "--clean",
-        action=argparse.BooleanOptionalAction,
-        default=extraction.clean,
-        help="drop what bright neighbours make (default: on)",
-    )
-    add("--clean-param", POSITIVE, extraction.clean_param, "a lower value drops more")
+    add("--deblend-nthresh", number(int, 1, 1024), "number of levels")
+    add("--deblend-cont", number(float, 0, 1), "least contrast; 1 splits nothing")
+    text = "drop what bright neighbours make (default: on)"
+    group.add_argument("--clean", action=argparse.BooleanOptionalAction, help=text)
+    add("--clean-param", positive(), "a lower value drops more")
 
-    photometry = PhotometrySettings
     add = partial(add_option, parser.add_argument_group("photometry"))
-    add("--zeropoint", number(float), photometry.zeropoint, "magnitude of one count")
-    radii = number(float, maximum=100, above=0)
-    add("--kron-factor", radii, photometry.kron_factor, "Kron radii in the AUTO ellipse")
-    add("--kron-min-radius", radii, photometry.kron_min_radius, "its least radius, in (a, b)")
-    sizes = number(float, maximum=10_000, above=0)
-    add("--aperture-diameters", sizes, (), "of circles, pixels", nargs="+", metavar="D")
-    add("--measure-image", Path, None, "detect on IMAGE, measure on this aligned image")
-    add("--measure-hdu", str, None, "HDU of the measure image, as --hdu")
-    add("--measure-plane", number(int, 0), None, "plane of the measure image, as --plane")
+    add("--zeropoint", real, "magnitude of one count")
+    add("--kron-factor", positive(maximum=100), "Kron radii in the AUTO ellipse")
+    add("--kron-min-radius", positive(maximum=100), "its least radius, in (a, b)")
+    size = positive(maximum=10_000)
+    add("--aperture-diameters", size, "of circles, pixels", nargs="+", metavar="D")
+    add("--measure-image", Path, "detect on IMAGE, measure on this aligned image")
+    add("--measure-hdu", str, "HDU of the measure image, as --hdu")
+    add("--measure-plane", number(int, 0), "plane of the measure image, as --plane")
 
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        *("-o", "--output-dir"),
-        type=Path,
-        default=Path("."),
-        metavar="DIR",
-        help="where products without a path of their own go; made if missing (default: .)",
-    )
+    add = partial(add_option, parser.add_argument_group("output"))
+    text = "where products without a path of their own go; made if missing"
+    add("-o --output-dir", Path, text, default=Path("."), metavar="DIR")
     for name, product in PRODUCTS.items():
-        note = "on request"
-        if product.default:
-            note = f"default: {product.file_name('.fits or .tiff')}"
-        text = f"{product.text} ({note})"
-        group.add_argument(option_of(name), type=Path, metavar="PATH", help=text)
-    group.add_argument(
-        "--image-format",
-        choices=tuple(SUFFIXES),
-        help="of all image products (default: by file extension, else fits)",
-    )
+        default = product.file_name(".fits or .tiff")
+        note = f"default: {default}" if default else "on request"
+        add(option_of(name), Path, f"{product.text} ({note})", metavar="PATH")
+    text = "of all image products (default: by file extension, else fits)"
+    add("--image-format", ("fits", "tiff"), text)
 
     group = parser.add_argument_group("general")
     volume = group.add_mutually_exclusive_group()
@@ -2484,13 +2446,10 @@ def check_usage(args):
 
 def product_paths(args):
     """Return the path of each product to write, by name."""
-    suffix = SUFFIXES[args.image_format or "fits"]
     paths = {}
     for name, product in PRODUCTS.items():
-        path = getattr(args, name)
-        if path is None and product.default:
-            path = args.output_dir / product.file_name(suffix)
-        if path is not None:
+        default = product.file_name(f".{args.image_format or 'fits'}")
+        if path := getattr(args, name) or (default and args.output_dir / default):
             paths[name] = path
     return paths
 
