@@ -734,20 +734,10 @@ def wcs_offset(one, other, shape):
 
 
 def make_kernel(case, fwhm, path):
-    """Return the detection filter, float32 of odd shape, or None.
+    """Return the detection filter of the `--filter-case`, float32 of odd shape, or None.
 
-    Parameters
-    ----------
-    case : {"none", "default", "gaussian", "tophat", "file"}
-    fwhm : float
-        FWHM of the Gaussian or diameter of the top hat, in pixels.
-    path : Path
-        File for the case "file".
-
-    Raises
-    ------
-    InputError
-        If the file holds no kernel that SEP can use.
+    `fwhm` is that of the Gaussian, or the diameter of the top hat, in pixels; `path` is the file of
+    a kernel, which raises an `InputError` if SEP can't use it.
     """
     match case:
         case "none":
@@ -789,10 +779,11 @@ def read_kernel(path):
         ) from error
     if not kernel.any() or not np.isfinite(kernel).all():
         raise InputError(f"{path}: a kernel needs finite values that are not all zero")
-    if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
+    rows, columns = kernel.shape
+    if rows % 2 == 0 or columns % 2 == 0:
         raise InputError(
-            f"{path}: a kernel of {kernel.shape[0]} rows and {kernel.shape[1]} columns has no "
-            "central pixel and would shift the sources; make both odd"
+            f"{path}: a kernel of {rows} rows and {columns} columns has no central pixel and would "
+            "shift the sources; make both odd"
         )
     return np.ascontiguousarray(kernel)
 
@@ -1509,30 +1500,32 @@ def measure(field, measure_field, found, settings):
         A row an object, in pixels and image values; nan where there is nothing to measure.
     """
     objects, labels = found
-    ids = np.arange(1, len(objects) + 1, dtype=np.int32)
     shapes, sane = sane_shapes(objects)
-    neighbours = {"segmap": labels, "seg_id": ids[sane]}
+    neighbours = {"segmap": labels, "seg_id": np.flatnonzero(sane).astype(np.int32) + 1}
     with masked_as_neighbours(labels, field.mask):
         kron, kron_flag = kron_radii(field, shapes, neighbours, settings)
     with masked_as_neighbours(labels, measure_field.mask):
-        flux, error, flag = kron_fluxes(measure_field, shapes, kron, neighbours)
+        # Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
+        ellipse = {"r": kron, "subpix": 1, **neighbours}
+        flux, error, flag = sum_light(sep.sum_ellipse, measure_field, *shapes, **ellipse)
         radius = half_light_radii(measure_field, shapes, flux, neighbours)
         sigma = WINDOW_SIGMA * np.maximum(radius, 0.5)
         xwin, ywin = windowed_centroids(measure_field, shapes, sigma, neighbours)
-        spread = windowed_errors(measure_field, xwin, ywin, sigma, neighbours)
+        errors = windowed_errors(measure_field, xwin, ywin, sigma, neighbours)
         apertures = aperture_fluxes(measure_field, shapes, settings.aperture_diameters, neighbours)
     fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
     columns = {name: measure_field.frame.differences(values) for name, values in fluxes.items()}
-    columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin}
-    columns |= spread
-    measurements = pd.DataFrame(columns, index=ids[sane])
+    columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin, **errors}
+    measurements = pd.DataFrame(columns, index=np.flatnonzero(sane))
     measurements[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
+    flags = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
     # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
-    measurements["flag_auto"] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
-    measurements = measurements.reindex(ids).reset_index(drop=True)
-    flags = measurements["flag_auto"].fillna(sep.APER_ALLMASKED)
-    measurements["flag_auto"] = flags.astype(np.int64)
-    return measurements.assign(**survey_background(measure_field, objects))
+    flags[sane] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
+    return measurements.reindex(range(len(objects))).assign(
+        flag_auto=flags,
+        background=at_objects(measure_field.level_map(), objects),
+        rms=at_objects(measure_field.rms_map(), objects),
+    )
 
 
 def sane_shapes(objects):
@@ -1568,15 +1561,16 @@ def kron_radii(field, shapes, neighbours, settings):
     return np.maximum(settings.kron_factor * r_k, settings.kron_min_radius), flag
 
 
-def kron_fluxes(field, shapes, kron, neighbours):
-    """Return the fluxes in the AUTO ellipses, their errors, and SEP's flags.
+def sum_light(sum_in, field, *shapes, **keywords):
+    """Return the fluxes that a function of SEP sums, their errors, and SEP's flags.
 
-    Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
+    Fluxes and errors are nan where the noise of no pixel was summed.
     """
-    flux, error, flag = sep.sum_ellipse(
-        field.residual, *shapes, kron, subpix=1, **noise_keywords(field), **neighbours
-    )
-    flag[forget_empty(flux, error, field.noise)] |= sep.APER_ALLMASKED
+    keywords |= {"err": field.noise, "gain": field.method.extraction.gain}
+    flux, error, flag = sum_in(field.residual, *shapes, **keywords)
+    empty = (error == 0) & np.any(field.noise)
+    flux[empty], error[empty] = np.nan, np.nan
+    flag[empty] |= sep.APER_ALLMASKED
     return flux, error, flag
 
 
@@ -1593,65 +1587,33 @@ def half_light_radii(field, shapes, flux, neighbours):
 def aperture_fluxes(field, shapes, diameters, neighbours):
     """Return the fluxes in circles, and their errors, under the names of their columns."""
     found = {}
-    keywords = {"subpix": 0, **noise_keywords(field), **neighbours}  # 0 is exact
     for diameter in diameters:
-        flux, error, _ = sep.sum_circle(
-            field.residual, shapes.x, shapes.y, diameter / 2, **keywords
-        )
-        forget_empty(flux, error, field.noise)
+        circle = {"r": diameter / 2, "subpix": 0, **neighbours}  # 0 is exact
+        flux, error, _ = sum_light(sep.sum_circle, field, shapes.x, shapes.y, **circle)
         found |= {f"flux_{aperture(diameter)}": flux, f"fluxerr_{aperture(diameter)}": error}
     return found
 
 
-def noise_keywords(field):
-    """Return what SEP wants to know for the errors of its sums."""
-    return {"err": field.noise, "gain": field.method.extraction.gain}
-
-
-def forget_empty(flux, error, noise):
-    """Make fluxes and errors nan, in place, where the noise of no pixel was summed; tell where."""
-    empty = (error == 0) & np.any(noise)
-    flux[empty], error[empty] = np.nan, np.nan
-    return empty
-
-
 def windowed_centroids(field, shapes, sigma, neighbours):
-    """Return the centroids in a Gaussian window, nan where a source has no `sigma`.
+    """Return the centroids in a Gaussian window, nan where a source has no `sigma` (pixels).
 
     SExtractor's XWIN_IMAGE and YWIN_IMAGE. `sep.winpos` knows no neighbours, and would run to a
-    bright one: a source that has any in reach is measured on a stamp of its own without them.
-
-    Parameters
-    ----------
-    field : Field
-    shapes : Shapes
-    sigma : ndarray
-        Of the windows, pixels.
-    neighbours : dict
-        The map "segmap", in which masked pixels have a label too, and the sources' own, "seg_id".
-
-    Returns
-    -------
-    xwin, ywin : ndarray
+    bright one: a source that has any in reach is measured on a stamp of its own without them. Of
+    `neighbours`, the map "segmap" labels masked pixels too, and "seg_id" are the sources' labels.
     """
-    image, labels = field.residual, neighbours["segmap"]
-    xwin, ywin = np.full((2, len(sigma)), np.nan)
-    sized = np.flatnonzero(np.isfinite(sigma))
-    ids, x, y = neighbours["seg_id"][sized], shapes.x[sized], shapes.y[sized]
-    sigma = sigma[sized]
-    reach = WINDOW_ROOM * WINDOW_REACH * sigma + 2
-    _, _, flag = sep.sum_circle(image, x, y, reach, segmap=labels, seg_id=ids, subpix=1)
-    crowded = (flag & sep.APER_HASMASKED) > 0
-    found = np.full((2, len(x)), np.nan)
-    found[:, ~crowded] = sep.winpos(image, x[~crowded], y[~crowded], sigma[~crowded])[:2]
-    for i in np.flatnonzero(crowded):
+    image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
+    x, y, found = shapes.x, shapes.y, np.full((2, len(sigma)), np.nan)
+    reach = WINDOW_ROOM * WINDOW_REACH * np.nan_to_num(sigma) + 2
+    _, _, flag = sep.sum_circle(image, x, y, reach, subpix=1, **neighbours)
+    crowded, sized = (flag & sep.APER_HASMASKED) > 0, np.isfinite(sigma)
+    alone = sized & ~crowded
+    found[:, alone] = sep.winpos(image, x[alone], y[alone], sigma[alone])[:2]
+    for i in np.flatnonzero(sized & crowded):
         stamp, left, bottom = lone_stamp(image, labels, ids[i], x[i], y[i], reach[i])
         at_x, at_y, _ = sep.winpos(stamp, [x[i] - left], [y[i] - bottom], [sigma[i]])
         found[:, i] = at_x[0] + left, at_y[0] + bottom
-    strayed = np.hypot(found[0] - x, found[1] - y) > STRAY * sigma
-    found[:, strayed] = np.nan
-    xwin[sized], ywin[sized] = found
-    return xwin, ywin
+    found[:, np.hypot(found[0] - x, found[1] - y) > STRAY * sigma] = np.nan
+    return found
 
 
 def windowed_errors(field, xwin, ywin, sigma, neighbours):
@@ -1660,77 +1622,62 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
     SExtractor's ERRAWIN_IMAGE, ERRBWIN_IMAGE (pixels) and ERRTHETAWIN_IMAGE (here in radians). What
     isn't the source's own or sky is left out; parameters else as in `windowed_centroids`.
     """
-    image, labels, gain = field.residual, neighbours["segmap"], field.method.extraction.gain
-    noise = np.broadcast_to(field.noise, image.shape)
-    errors = np.full((3, len(xwin)), np.nan)
+    image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
+    noise, gain = np.broadcast_to(field.noise, image.shape), field.method.extraction.gain or np.inf
     halves = np.ceil(np.minimum(WINDOW_REACH * sigma, max(image.shape)))
     halves[np.isnan(xwin)] = np.nan
+    sums = np.full((4, len(xwin)), np.nan)
     # All windows of one size together, row by row: fast for many sources, lean for large ones.
     for half in np.unique(halves[halves > 0]).astype(int):
         alike, offsets = np.flatnonzero(halves == half), np.arange(-half, half + 1)
-        x, y, s, ids = (
-            values[alike, np.newaxis] for values in (xwin, ywin, sigma, neighbours["seg_id"])
-        )
-        columns, sums = np.rint(x).astype(int) + offsets, np.zeros((4, len(alike)))
+        x, y, s, own_id = (values[alike, np.newaxis] for values in (xwin, ywin, sigma, ids))
+        columns, total = np.rint(x).astype(int) + offsets, 0
         for rows in np.rint(y).astype(int) + offsets[:, np.newaxis, np.newaxis]:
-            at = np.clip(rows, 0, image.shape[0] - 1), np.clip(columns, 0, image.shape[1] - 1)
+            inside, at = pixels_at(rows, columns, image.shape)
             dx, dy = columns - x, rows - y
             r = np.hypot(dx, dy) / s
-            own = (at[0] == rows) & (at[1] == columns) & (r < WINDOW_REACH)
-            own &= (labels[at] == ids) | (labels[at] == 0)
+            own = inside & (r < WINDOW_REACH) & ((labels[at] == own_id) | (labels[at] == 0))
             weight = np.exp(-(r**2) / 2)
             light, rms = weight * np.where(own, (image[at], noise[at]), 0)
-            variance = rms**2 + weight * np.maximum(light, 0) / (gain or np.inf)
-            sums += np.sum((light, variance * dx**2, variance * dy**2, variance * dx * dy), axis=2)
-        xx, yy, xy = 4 * sums[1:] / np.where(sums[0] > 0, sums[0], np.nan) ** 2
-        mean, half_gap = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
-        axes = np.sqrt([mean + half_gap, np.maximum(mean - half_gap, 0)])
-        errors[:, alike] = *axes, np.arctan2(2 * xy, xx - yy) / 2
-    return dict(zip(("errawin", "errbwin", "errthetawin"), errors, strict=True))
+            variance = rms**2 + weight * np.maximum(light, 0) / gain
+            total += np.sum((light, variance * dx**2, variance * dy**2, variance * dx * dy), axis=2)
+        sums[:, alike] = total
+    xx, yy, xy = 4 * sums[1:] / np.where(sums[0] > 0, sums[0], np.nan) ** 2
+    mean, half_gap = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
+    major, minor = np.sqrt([mean + half_gap, np.maximum(mean - half_gap, 0)])
+    return {"errawin": major, "errbwin": minor, "errthetawin": np.arctan2(2 * xy, xx - yy) / 2}
 
 
 def lone_stamp(image, labels, label, x, y, reach):
     """Cut out a source and replace what isn't its own, as SExtractor's MASK_TYPE CORRECT does.
 
     A foreign pixel takes the value opposite to it about (x, y), or 0 where that is foreign too.
-
-    Returns
-    -------
-    stamp : ndarray
-    left, bottom : int
-        Column and row of the image at the stamp's first pixel.
+    After the stamp come the column and the row of the image at its first pixel.
     """
     ny, nx = image.shape
     left = math.ceil(x - min(reach, max(x, nx - 1 - x)))
     bottom = math.ceil(y - min(reach, max(y, ny - 1 - y)))
     # The last pixel is the one opposite to the first, so that a flip swaps opposite pixels.
-    width, height = round(2 * x) - 2 * left + 1, round(2 * y) - 2 * bottom + 1
-    stamp, foreign = np.zeros((height, width), image.dtype), np.zeros((height, width), bool)
-    rows = slice(max(bottom, 0), min(bottom + height, ny))
-    columns = slice(max(left, 0), min(left + width, nx))
-    inside = (
-        slice(rows.start - bottom, rows.stop - bottom),
-        slice(columns.start - left, columns.stop - left),
-    )
-    stamp[inside] = image[rows, columns]
-    foreign[inside] = (labels[rows, columns] != 0) & (labels[rows, columns] != label)
+    rows = np.arange(bottom, round(2 * y) - bottom + 1)[:, np.newaxis]
+    columns = np.arange(left, round(2 * x) - left + 1)
+    inside, at = pixels_at(rows, columns, image.shape)
+    stamp, owner = np.where(inside, image[at], 0), np.where(inside, labels[at], 0)
+    foreign = (owner != 0) & (owner != label)
     opposite = np.where(foreign[::-1, ::-1], 0, stamp[::-1, ::-1])
     return np.where(foreign, opposite, stamp), left, bottom
 
 
-def survey_background(field, objects):
-    """Return the background and its RMS at the objects, in image values, by column."""
-    return {
-        "background": at_objects(field.level_map(), objects),
-        "rms": at_objects(field.rms_map(), objects),
-    }
+def pixels_at(rows, columns, shape):
+    """Tell which pixels are in an image of this shape (ny, nx); return the index of the nearest."""
+    nearest = np.clip(rows, 0, shape[0] - 1), np.clip(columns, 0, shape[1] - 1)
+    return (nearest[0] == rows) & (nearest[1] == columns), nearest
 
 
 def at_objects(values, objects):
     """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
     rows, columns = (
-        np.clip(np.rint(np.nan_to_num(objects[name])), 0, size - 1).astype(int)
-        for name, size in zip(("y", "x"), values.shape, strict=True)
+        np.clip(np.rint(np.nan_to_num(objects[axis])), 0, size - 1).astype(int)
+        for axis, size in zip("yx", values.shape, strict=True)
     )
     return values[rows, columns].astype(float)
 
@@ -1756,12 +1703,7 @@ COLUMNS = (
     Column("id", None, "meta.id;meta.main", "label of the object in the segmentation map"),
     Column("thresh", "image", "phot.flux;stat.min", "detection threshold at the object"),
     Column("npix", "pixel", "meta.number;instr.pixel", "number of pixels of the object"),
-    Column(
-        "tnpix",
-        "pixel",
-        "meta.number;instr.pixel",
-        "number of its pixels above the threshold without filter",
-    ),
+    Column("tnpix", "pixel", "meta.number;instr.pixel", "those above the threshold unfiltered"),
     Column("xmin", "pixel", "pos.cartesian.x;stat.min", "first column of the object"),
     Column("xmax", "pixel", "pos.cartesian.x;stat.max", "last column of the object"),
     Column("ymin", "pixel", "pos.cartesian.y;stat.min", "first row of the object"),
@@ -1773,9 +1715,7 @@ COLUMNS = (
     Column("xy", "pixel2", "src.morph.param", "covariance of the light in x and y"),
     Column("errx2", "pixel2", "stat.variance;pos.cartesian.x", "variance of the error of x"),
     Column("erry2", "pixel2", "stat.variance;pos.cartesian.y", "variance of the error of y"),
-    Column(
-        "errxy", "pixel2", "stat.covariance;pos.cartesian", "covariance of the errors of x and y"
-    ),
+    Column("errxy", "pixel2", "stat.covariance;pos.cartesian", "covariance of errors of x and y"),
     Column("a", "pixel", "phys.size.smajAxis", "RMS of the light along the major axis"),
     Column("b", "pixel", "phys.size.sminAxis", "RMS of the light along the minor axis"),
     Column("theta", "rad", "pos.posAng", "angle of the major axis, from +x towards +y"),
@@ -1786,10 +1726,8 @@ COLUMNS = (
     Column("flux", "image sum", "phot.flux", "sum of the object's pixels"),
     Column("cpeak", "image", "phot.flux;stat.max", "highest pixel in the filtered image"),
     Column("peak", "image", "phot.flux;stat.max", "highest pixel"),
-    Column(
-        "xcpeak", "pixel", "pos.cartesian.x", "column of the highest pixel in the filtered image"
-    ),
-    Column("ycpeak", "pixel", "pos.cartesian.y", "row of the highest pixel in the filtered image"),
+    Column("xcpeak", "pixel", "pos.cartesian.x", "column of the highest filtered pixel"),
+    Column("ycpeak", "pixel", "pos.cartesian.y", "row of the highest filtered pixel"),
     Column("xpeak", "pixel", "pos.cartesian.x", "column of the highest pixel"),
     Column("ypeak", "pixel", "pos.cartesian.y", "row of the highest pixel"),
     Column("flag", None, "meta.code", "extraction flags"),
@@ -1799,17 +1737,13 @@ COLUMNS = (
     Column("fwhm", "pixel", "phys.angSize", "FWHM of a Gaussian of the same a and b"),
     Column("background", "measure", "instr.background", "background level at the object"),
     Column("rms", "measure", "stat.stdev;instr.background", "background RMS at the object"),
-    Column(
-        "kron_radius", None, "phys.angSize", "Kron radius of the AUTO ellipse in units of a and b"
-    ),
+    Column("kron_radius", None, "phys.angSize", "radius of the Kron ellipse in units of a and b"),
     Column("flux_auto", "measure sum", "phot.flux", "flux in the Kron ellipse"),
     Column("fluxerr_auto", "measure sum", "stat.error;phot.flux", "error of flux_auto"),
     Column("mag_auto", "mag", "phot.mag", "magnitude of flux_auto"),
     Column("magerr_auto", "mag", "stat.error;phot.mag", "error of mag_auto"),
     Column("snr", None, "stat.snr", "flux_auto / fluxerr_auto"),
-    Column(
-        "flux_radius", "pixel", "phys.angSize", "radius of the circle that holds half of flux_auto"
-    ),
+    Column("flux_radius", "pixel", "phys.angSize", "radius of a circle with half of flux_auto"),
     Column("xwin", "pixel", "pos.cartesian.x", "windowed centroid along x"),
     Column("ywin", "pixel", "pos.cartesian.y", "windowed centroid along y"),
     Column("flag_auto", None, "meta.code", "photometry flags"),
@@ -1855,16 +1789,9 @@ def unit_of_sums(text):
 
 
 def build_catalog(objects, measurements, wcs, settings):
-    """Return the catalogue, a row an object, with exactly the columns that the contract has.
+    """Return the catalogue, a row an object, from SEP's objects and what `measure` found of them.
 
-    Parameters
-    ----------
-    objects : structured ndarray
-        `sep.extract`'s objects.
-    measurements : DataFrame
-        What `measure` found.
-    wcs : WCS or None
-    settings : PhotometrySettings
+    It has exactly the columns that the contract has; without a `wcs` the sky positions are nan.
     """
     catalog = pd.concat([pd.DataFrame(objects), measurements], axis=1)
     catalog["id"] = np.arange(1, len(objects) + 1)
@@ -1874,16 +1801,11 @@ def build_catalog(objects, measurements, wcs, settings):
     catalog["fwhm"] = 2 * np.sqrt(math.log(2) * (catalog["a"] ** 2 + catalog["b"] ** 2))
     catalog["snr"] = catalog["flux_auto"] / catalog["fluxerr_auto"].where(lambda error: error > 0)
     for kind in ("auto", *map(aperture, settings.aperture_diameters)):
-        catalog[f"mag_{kind}"], catalog[f"magerr_{kind}"] = to_magnitudes(
-            catalog[f"flux_{kind}"], catalog[f"fluxerr_{kind}"], settings.zeropoint
-        )
+        flux, error = catalog[f"flux_{kind}"], catalog[f"fluxerr_{kind}"]
+        flux = flux.where(flux > 0)
+        catalog[f"mag_{kind}"] = settings.zeropoint - 2.5 * np.log10(flux)
+        catalog[f"magerr_{kind}"] = 2.5 / math.log(10) * error / flux  # to first order
     return catalog[[column.name for column in catalog_columns(settings.aperture_diameters)]]
-
-
-def to_magnitudes(flux, error, zeropoint):
-    """Return magnitudes and their errors, to first order; nan where the flux is not positive."""
-    flux = flux.where(flux > 0)
-    return zeropoint - 2.5 * np.log10(flux), 2.5 / math.log(10) * error / flux
 
 
 def sky_positions(wcs, x, y):
@@ -1909,21 +1831,10 @@ def sky_positions(wcs, x, y):
 
 @dataclass(frozen=True)
 class Result:
-    """All that the products are made from.
+    """All that the products of an image are made from.
 
-    Attributes
-    ----------
-    origin : Origin
-        Of the image.
-    field : Field
-    segmentation : ndarray of int32, shape (ny, nx)
-    catalog : DataFrame
-    columns : tuple of Column
-        Those of the catalogue, with their units.
-    settings : list of str
-        How it was made, a line each.
-    image_format : {"fits", "tiff"} or None
-        Of image products; None to go by their extensions.
+    The columns are the catalogue's, with their units; the settings tell how it was made, a line
+    each; the image format is "fits", "tiff", or None to go by the extensions of image products.
     """
 
     origin: Origin
@@ -1963,22 +1874,13 @@ def write_subtracted(path, result):
 def write_image(path, result, product, values, unit):
     """Write an image product; floats as float32, unless the image is float64.
 
-    TIFF keeps neither WCS nor unit, and labels as the smallest unsigned integers that hold them.
-
-    Parameters
-    ----------
-    path : Path
-    result : Result
-    product : str
-        Its name, for the history.
-    values : ndarray, shape (ny, nx)
-    unit : str or None
-        BUNIT.
+    FITS has the unit as BUNIT. TIFF keeps neither WCS nor unit, and labels as the smallest unsigned
+    integers that hold them.
     """
     if values.dtype == np.float64 and result.origin.dtype != "float64":
         values = values.astype(np.float32)
-    form, history = result.image_format, result.history(product)
-    if form == "tiff" or (form is None and path.suffix.lower() in (".tif", ".tiff")):
+    history = result.history(product)
+    if (result.image_format or path.suffix.lower()) in ("tiff", ".tiff", ".tif"):
         if values.dtype.kind == "i":
             values = values.astype(np.min_scalar_type(values.max()))
         tifffile.imwrite(path, values, description="\n".join(history), metadata=None)
@@ -2054,15 +1956,9 @@ def sky_ellipses(wcs, x, y, a, b, theta):
             wcs.pixel_to_world(x + length * dx, y + length * dy).icrs
             for length, (dx, dy) in ((0, along), (a, along), (b, across))
         )
-    return np.array(
-        [
-            centre.ra.deg,
-            centre.dec.deg,
-            centre.separation(major).arcsec,
-            centre.separation(minor).arcsec,
-            (centre.position_angle(major).deg + 90) % 180,
-        ]
-    )
+    axes = (centre.separation(end).arcsec for end in (major, minor))
+    angle = (centre.position_angle(major).deg + 90) % 180
+    return np.array([centre.ra.deg, centre.dec.deg, *axes, angle])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2074,17 +1970,9 @@ PICTURE_SIDE = 1000
 
 
 def shrink(image, row_of_blocks):
-    """Reduce an image (ny, nx) to the resolution of a picture, a strip of it at a time.
-
-    Parameters
-    ----------
-    image : ndarray, shape (ny, nx)
-    row_of_blocks : callable
-        `block_means` or `block_maxima`.
-    """
+    """Reduce an image by `block_means` or `block_maxima` to a picture, a strip of it at a time."""
     step = math.ceil(max(image.shape) / PICTURE_SIDE)
-    starts = np.arange(0, image.shape[1], step)
-    tops = range(0, image.shape[0], step)
+    starts, tops = np.arange(0, image.shape[1], step), range(0, image.shape[0], step)
     return np.stack([row_of_blocks(image[top : top + step], starts) for top in tops])
 
 
@@ -2140,15 +2028,9 @@ def show_sources(axes, result):
         show_image(axes, masked, field.mask.shape, cmap=VEIL, vmin=0, vmax=1)
     axes.set_title(title, loc="left")
     x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
-    ellipses = EllipseCollection(
-        *(6 * a, 6 * b, np.degrees(theta)),
-        units="xy",
-        offsets=np.column_stack([x, y]),
-        offset_transform=axes.transData,
-        facecolors="none",
-        edgecolors="red",
-        linewidths=0.8,
-    )
+    place = {"units": "xy", "offsets": np.column_stack([x, y]), "offset_transform": axes.transData}
+    style = {"facecolors": "none", "edgecolors": "red", "linewidths": 0.8}
+    ellipses = EllipseCollection(6 * a, 6 * b, np.degrees(theta), **place, **style)
     axes.add_collection(ellipses, autolim=False)
     return drawn
 
@@ -2168,13 +2050,10 @@ def stretch(values):
 def draw_overlay(path, result):
     """Draw the picture of the sources (PNG)."""
     width, height = panel_size(result.field.mask.shape)
-    whole_width, whole_height = max(width + 1, 3.3), height + 1.1  # wide enough for the title
-    figure = Figure(figsize=(whole_width, whole_height), dpi=120)
-    axes = figure.add_axes(
-        (0.8 / whole_width, 0.6 / whole_height, width / whole_width, height / whole_height),
-        anchor="W",
-    )
-    show_sources(axes, result)
+    whole = max(width + 1, 3.3), height + 1.1  # wide enough for the title
+    figure = Figure(figsize=whole, dpi=120)
+    place = np.divide([0.8, 0.6, width, height], [*whole, *whole])
+    show_sources(figure.add_axes(place, anchor="W"), result)
     figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
 
 
@@ -2186,16 +2065,14 @@ def draw_overview(path, result):
     panels = figure.subplots(2, 2).ravel()
     colours = np.random.default_rng(0).uniform(0.3, 1, (len(result.catalog) + 1, 3))
     colours[0] = 0
-    drawn = [show_sources(panels[0], result)]
+    figure.colorbar(show_sources(panels[0], result), ax=panels[0])
     for axes, title, picture, colour_map in (
         (panels[1], "background", drawable(shrink(field.level_map(), block_means)), None),
         (panels[2], "background RMS", drawable(shrink(field.rms_map(), block_means)), None),
         (panels[3], "segmentation", shrink(labels, block_maxima), ListedColormap(colours)),
     ):
-        drawn.append(show_image(axes, picture, labels.shape, cmap=colour_map))
+        figure.colorbar(show_image(axes, picture, labels.shape, cmap=colour_map), ax=axes)
         axes.set_title(title, loc="left")
-    for axes, picture in zip(panels, drawn, strict=True):
-        figure.colorbar(picture, ax=axes)
     figure.savefig(path, format="png")
 
 
@@ -2203,7 +2080,6 @@ def draw_overview(path, result):
 # Products: all or none
 # ---------------------------------------------------------------------------------------------
 
-SUFFIXES = {"fits": ".fits", "tiff": ".tiff"}
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -2215,8 +2091,9 @@ class Product(NamedTuple):
     write: Callable[[Path, Result], None]
 
     def file_name(self, suffix):
-        """Return the default name, an image's with the extension of its format."""
-        return self.default if "." in self.default else self.default + suffix
+        """Return the default name, if any, an image's with the extension of its format."""
+        is_image = self.default and "." not in self.default
+        return self.default + suffix if is_image else self.default
 
 
 PRODUCTS = {
@@ -2247,22 +2124,10 @@ def write_products(paths, targets, result):
 def staged(targets):
     """Give each target a temporary path beside it; put all in place at the end, or none.
 
-    Parameters
-    ----------
-    targets : dict of str to Path
-
-    Yields
-    ------
-    dict of str to Path
-        Under the same names, with the same extensions.
-
-    Raises
-    ------
-    InputError
-        If a target can't be written, before anything is done.
+    It takes and yields paths by the name of their product; the temporary ones have the extensions
+    of their targets. A target that can't be written raises an `InputError` before anything is done.
     """
-    token = secrets.token_hex(4)
-    parts = {}
+    token, parts = secrets.token_hex(4), {}
     try:
         for target in targets.values():
             with writing(target):
@@ -2318,7 +2183,7 @@ def stopping_by(handler):
 # ---------------------------------------------------------------------------------------------
 
 
-def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
+def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=False):
     """Return a converter for argparse: a finite int or float within bounds.
 
     `minimum` and `maximum` are allowed themselves, `above` is not.
@@ -2329,14 +2194,14 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if value in (math.inf, -math.inf) or value != value:
+        if not -math.inf < value < math.inf:
             wanted = "a whole number" if kind is int else "a finite number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
         if value > maximum:
             raise argparse.ArgumentTypeError(f"{text} is more than {maximum}")
-        if above is not None and value <= above:
+        if value <= above:
             raise argparse.ArgumentTypeError(f"{text} is no more than {above}")
         if odd and value % 2 == 0:
             raise argparse.ArgumentTypeError(f"{text} is even; take an odd number")
@@ -2345,16 +2210,8 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=None, odd=False):
     return convert
 
 
-POSITIVE = number(float, above=0)
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        # Or else argparse takes -1e-5 for an option.
-        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message):
         self.exit(2, f"{PROG}: error: {one_line(message)} (see --help)\n")
@@ -2379,13 +2236,13 @@ def option_of(name):
     return "--" + name.replace("_", "-")
 
 
-def add_option(group, name, kind, default, text, **keywords):
+def add_option(group, names, kind, text, **keywords):
     """Add an option of a type, or of a tuple of choices, whose help ends in its default."""
     if isinstance(kind, tuple):
         keywords["choices"], kind = kind, type(kind[0])
-    if default not in (None, [], ()):
-        text += " (default: %(default)s)"
-    group.add_argument(name, type=kind, default=default, help=text, **keywords)
+    option = group.add_argument(*names.split(), type=kind, help=text, **keywords)
+    if option.default not in (None, [], ()):
+        option.help += " (default: %(default)s)"
 
 
 def build_parser():
@@ -2399,105 +2256,87 @@ def build_parser():
         "\npicture and catalogue.",
         allow_abbrev=False,
     )
+    # Or else argparse takes -1e-5 for an option.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
+    for settings in (BackgroundSettings, ExtractionSettings, PhotometrySettings):
+        parser.set_defaults(**asdict(settings()))
     parser.add_argument("image", metavar="IMAGE", type=Path, help="FITS or TIFF image")
-    mesh, extraction = BackgroundSettings, ExtractionSettings
+    real, positive = number(float), partial(number, float, above=0)
 
     group = parser.add_argument_group("input")
     add = partial(add_option, group)
-    add("--hdu", str, None, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)")
-    add("--plane", number(int, 0), None, "plane of a cube or stack, over the flattened other axes")
-    add("--mask", Path, None, "mask image, FITS or TIFF, of the same shape")
-    add("--mask-hdu", str, None, "HDU of the mask, as --hdu")
+    add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)")
+    add("--plane", number(int, 0), "plane of a cube or stack, over the flattened other axes")
+    add("--mask", Path, "mask image, FITS or TIFF, of the same shape")
+    add("--mask-hdu", str, "HDU of the mask, as --hdu")
     either = partial(add_option, group.add_mutually_exclusive_group())
-    either("--maskthresh", number(float), 0.0, "mask pixels greater than this are masked")
-    bits = {"nargs": "+", "metavar": "BIT"}
+    either("--maskthresh", real, "mask pixels greater than this are masked", default=0.0)
     text = "or: mask pixels with any of these bits are masked, such as 1 2 1024, or their sum"
-    either("--mask-bits", number(int, 1, 2**64 - 1), None, text, **bits)
+    either("--mask-bits", number(int, 1, 2**64 - 1), text, nargs="+", metavar="BIT")
     box = {"nargs": 4, "action": "append", "metavar": ("XMIN", "XMAX", "YMIN", "YMAX")}
-    add("--mask-box", number(int, 0), [], "mask 0-based pixels, ends included; repeatable", **box)
-    values = {"nargs": "+", "metavar": "VALUE"}
-    add(
-        "--blank",
-        number(float),
-        [],
-        "values of pixels without data, such as 0 in a mosaic",
-        **values,
-    )
-    add("--bridge", number(int, 0, 5), 3, "interpolate over masks this narrow, pixels; 0: none")
+    text = "mask 0-based pixels, ends included; repeatable"
+    add("--mask-box", number(int, 0), text, default=[], **box)
+    text = "values of pixels without data, such as 0 in a mosaic"
+    add("--blank", real, text, default=[], nargs="+", metavar="VALUE")
+    text = "interpolate over masks this narrow, pixels; 0: none"
+    add("--bridge", number(int, 0, 5), text, default=3)
 
     add = partial(add_option, parser.add_argument_group("background"))
-    add("--bw", number(int, 8), mesh.bw, "width of the boxes, pixels")
-    add("--bh", number(int, 8), mesh.bh, "height of the boxes, pixels")
-    add("--fw", number(int, 1, 99, odd=True), mesh.fw, "width of the median filter, boxes, odd")
-    add("--fh", number(int, 1, 99, odd=True), mesh.fh, "height of the median filter, boxes, odd")
-    add("--fthresh", number(float, 0), mesh.fthresh, "filter boxes this far from the median")
-    add("--background-passes", (1, 2), 1, "with 2, mask the sources and estimate it again")
+    add("--bw", number(int, 8), "width of the boxes, pixels")
+    add("--bh", number(int, 8), "height of the boxes, pixels")
+    add("--fw", number(int, 1, 99, odd=True), "width of the median filter, boxes, odd")
+    add("--fh", number(int, 1, 99, odd=True), "height of the median filter, boxes, odd")
+    add("--fthresh", number(float, 0), "filter boxes this far from the median")
+    add("--background-passes", (1, 2), "with 2, mask the sources and estimate it again", default=1)
 
     add = partial(add_option, parser.add_argument_group("detection"))
-    add("--thresh", POSITIVE, extraction.thresh, "times the noise; absolute without noise")
+    add("--thresh", positive(), "times the noise; absolute without noise")
     noises = ("float_globalrms", "array_rms", "none", "file")
-    add("--err-option", noises, noises[0], "noise: one number, RMS map, none, or --err-file")
-    add("--err-file", Path, None, "noise image for --err-option file")
-    add("--err-hdu", str, None, "HDU of the noise image, as --hdu")
-    add("--err-type", ("stddev", "variance", "weight"), "stddev", "weight is inverse variance")
-    add("--gain", POSITIVE, extraction.gain, "e-/ADU, for Poisson noise in errors")
-    add("--saturation", number(float), None, "level of saturated pixels (default: SATURATE)")
-    add("--minarea", number(int, 1, 2**31 - 1), extraction.minarea, "least pixels of a source")
+    text = "noise: one number, RMS map, none, or --err-file"
+    add("--err-option", noises, text, default=noises[0])
+    add("--err-file", Path, "noise image for --err-option file")
+    add("--err-hdu", str, "HDU of the noise image, as --hdu")
+    kinds = ("stddev", "variance", "weight")
+    add("--err-type", kinds, "weight is inverse variance", default=kinds[0])
+    add("--gain", positive(), "e-/ADU, for Poisson noise in errors")
+    add("--saturation", real, "level of saturated pixels (default: SATURATE)")
+    add("--minarea", number(int, 1, 2**31 - 1), "least pixels of a source")
 
     add = partial(add_option, parser.add_argument_group("filter"))
     kernels = ("none", "default", "gaussian", "tophat", "file")
-    add("--filter-case", kernels, "default", "default is 1 2 1 / 2 4 2 / 1 2 1")
-    width = number(float, maximum=50, above=0)
-    add("--filter-fwhm", width, 2.0, "FWHM of gaussian, diameter of tophat, pixels")
-    add("--filter-file", Path, None, "kernel as text or SExtractor's .conv")
-    kinds = ("matched", "conv")
-    add("--filter-type", kinds, extraction.filter_type, "how to filter where noise is an array")
+    add("--filter-case", kernels, "default is 1 2 1 / 2 4 2 / 1 2 1", default="default")
+    text = "FWHM of gaussian, diameter of tophat, pixels"
+    add("--filter-fwhm", positive(maximum=50), text, default=2.0)
+    add("--filter-file", Path, "kernel as text or SExtractor's .conv")
+    add("--filter-type", ("matched", "conv"), "how to filter where noise is an array")
 
     group = parser.add_argument_group("deblending and cleaning")
     add = partial(add_option, group)
-    levels = number(int, 1, 1024)
-    add("--deblend-nthresh", levels, extraction.deblend_nthresh, "number of levels")
-    contrast = number(float, 0, 1)
-    add("--deblend-cont", contrast, extraction.deblend_cont, "least contrast; 1 splits nothing")
-    group.add_argument(
-        "--clean",
-        action=argparse.BooleanOptionalAction,
-        default=extraction.clean,
-        help="drop what bright neighbours make (default: on)",
-    )
-    add("--clean-param", POSITIVE, extraction.clean_param, "a lower value drops more")
+    add("--deblend-nthresh", number(int, 1, 1024), "number of levels")
+    add("--deblend-cont", number(float, 0, 1), "least contrast; 1 splits nothing")
+    text = "drop what bright neighbours make (default: on)"
+    group.add_argument("--clean", action=argparse.BooleanOptionalAction, help=text)
+    add("--clean-param", positive(), "a lower value drops more")
 
-    photometry = PhotometrySettings
     add = partial(add_option, parser.add_argument_group("photometry"))
-    add("--zeropoint", number(float), photometry.zeropoint, "magnitude of one count")
-    radii = number(float, maximum=100, above=0)
-    add("--kron-factor", radii, photometry.kron_factor, "Kron radii in the AUTO ellipse")
-    add("--kron-min-radius", radii, photometry.kron_min_radius, "its least radius, in (a, b)")
-    sizes = number(float, maximum=10_000, above=0)
-    add("--aperture-diameters", sizes, (), "of circles, pixels", nargs="+", metavar="D")
-    add("--measure-image", Path, None, "detect on IMAGE, measure on this aligned image")
-    add("--measure-hdu", str, None, "HDU of the measure image, as --hdu")
-    add("--measure-plane", number(int, 0), None, "plane of the measure image, as --plane")
+    add("--zeropoint", real, "magnitude of one count")
+    add("--kron-factor", positive(maximum=100), "Kron radii in the AUTO ellipse")
+    add("--kron-min-radius", positive(maximum=100), "its least radius, in (a, b)")
+    size = positive(maximum=10_000)
+    add("--aperture-diameters", size, "of circles, pixels", nargs="+", metavar="D")
+    add("--measure-image", Path, "detect on IMAGE, measure on this aligned image")
+    add("--measure-hdu", str, "HDU of the measure image, as --hdu")
+    add("--measure-plane", number(int, 0), "plane of the measure image, as --plane")
 
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        *("-o", "--output-dir"),
-        type=Path,
-        default=Path("."),
-        metavar="DIR",
-        help="where products without a path of their own go; made if missing (default: .)",
-    )
+    add = partial(add_option, parser.add_argument_group("output"))
+    text = "where products without a path of their own go; made if missing"
+    add("-o --output-dir", Path, text, default=Path("."), metavar="DIR")
     for name, product in PRODUCTS.items():
-        note = "on request"
-        if product.default:
-            note = f"default: {product.file_name('.fits or .tiff')}"
-        text = f"{product.text} ({note})"
-        group.add_argument(option_of(name), type=Path, metavar="PATH", help=text)
-    group.add_argument(
-        "--image-format",
-        choices=tuple(SUFFIXES),
-        help="of all image products (default: by file extension, else fits)",
-    )
+        default = product.file_name(".fits or .tiff")
+        note = f"default: {default}" if default else "on request"
+        add(option_of(name), Path, f"{product.text} ({note})", metavar="PATH")
+    text = "of all image products (default: by file extension, else fits)"
+    add("--image-format", ("fits", "tiff"), text)
 
     group = parser.add_argument_group("general")
     volume = group.add_mutually_exclusive_group()
@@ -2550,13 +2389,10 @@ def check_usage(args):
 
 def product_paths(args):
     """Return the path of each product to write, by name."""
-    suffix = SUFFIXES[args.image_format or "fits"]
     paths = {}
     for name, product in PRODUCTS.items():
-        path = getattr(args, name)
-        if path is None and product.default:
-            path = args.output_dir / product.file_name(suffix)
-        if path is not None:
+        default = product.file_name(f".{args.image_format or 'fits'}")
+        if path := getattr(args, name) or (default and args.output_dir / default):
             paths[name] = path
     return paths
 
