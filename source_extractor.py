@@ -192,11 +192,8 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FITS_MAGIC = (b"SIMPLE", b"\x1f\x8b", b"BZh")
 COMPRESS_MAGIC = b"\x1f\x9d"
 
-# CTYPE of an axis of the sky, and a card of scaling that holds no number.
+# CTYPE of an axis of the sky.
 CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")
-NO_NUMBER = re.compile(
-    rb"(BSCALE|BZERO|BLANK) *= (?! *[-+]?[\d.]+([EeDd][-+]?\d+)? *(/|$))([^/]*)", re.ASCII
-)
 
 # The least that an image takes: itself, its background, and its map of labels.
 BYTES_A_PIXEL = 12
@@ -204,42 +201,18 @@ BYTES_A_PIXEL = 12
 
 @dataclass(frozen=True)
 class Origin:
-    """Where pixels come from, and what their file says of them.
+    """Where pixels come from, and what their file says of them."""
 
-    Attributes
-    ----------
-    name : str
-        File, and HDU where there is one, for messages.
-    dtype : str
-        Type of the pixels in the file.
-    hdu : int or None
-        Index of the HDU.
-    wcs : WCS or None
-        The celestial WCS of the plane.
-    unit : str or None
-        The header's BUNIT.
-    beam : float or None
-        Area in pixels of the beam that `unit` is per.
-    black : int or None
-        The value of black in a TIFF in which 0 is white.
-    palette : bool
-        Whether pixels are numbers of colours.
-    product : str or None
-        Which of this tool's own products the file says it is.
-    saturation : float
-        The header's SATURATE; nan without one that can be a level.
-    """
-
-    name: str
-    dtype: str
+    name: str  # file, and HDU where there is one, for messages
+    dtype: str  # of the pixels in the file
     hdu: int | None = None
-    wcs: WCS | None = None
-    unit: str | None = None
-    beam: float | None = None
-    black: int | None = None
-    palette: bool = False
-    product: str | None = None
-    saturation: float = math.nan
+    wcs: WCS | None = None  # celestial, of the plane
+    unit: str | None = None  # the header's BUNIT
+    beam: float | None = None  # area in pixels of the beam that the unit is per
+    black: int | None = None  # value of black in a TIFF in which 0 is white
+    palette: bool = False  # whether pixels are numbers of colours
+    product: str | None = None  # which of this tool's own products the file says it is
+    saturation: float = math.nan  # the header's SATURATE, where it can be a level
 
 
 class Stack(NamedTuple):
@@ -264,10 +237,8 @@ def reading(path, kind):
         raise InputError(f"{path}: not enough memory to read this image") from None
     except Exception as error:
         reason = one_line(error) or type(error).__name__
-        raise InputError(
-            f"{path}: damaged, cut short, or no {kind} of a kind that can be read ({reason}); get "
-            "the file again"
-        ) from error
+        text = f"damaged, cut short, or no {kind} that can be read ({reason}); get the file again"
+        raise InputError(f"{path}: {text}") from error
 
 
 def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
@@ -310,9 +281,7 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     with reading(path, kind), opened(path, hdu) as stack:
         pixels = stack.cut(choose_plane(stack, plane, lone_serves_all))
         if pixels.dtype.kind not in "biuf":
-            raise InputError(
-                f"{stack.origin.name}: pixels of type {pixels.dtype} are not real numbers"
-            )
+            raise InputError(f"{stack.origin.name}: {pixels.dtype} pixels are not real numbers")
         return stack.origin, pixels.reshape([stack.shape[axis] for axis in stack.image_axes])
 
 
@@ -328,9 +297,8 @@ def choose_plane(stack, plane, lone_serves_all):
         choice = f"choose one from 0 to {count - 1} with the plane option"
         if plane is None and lone_serves_all:
             choice = "the image has only one; give one for it"
-        raise InputError(
-            f"{name}: {count} plane{'s' if count > 1 else ''} in axes ({layout}); {choice}"
-        )
+        planes = "1 plane" if count == 1 else f"{count} planes"
+        raise InputError(f"{name}: {planes} in axes ({layout}); {choice}")
     needed = BYTES_A_PIXEL * rows * columns
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > present:
@@ -363,25 +331,24 @@ def open_fits(path, hdu):
         image_axes = [axis for axis in long_axes if CELESTIAL.match(axes[axis])]
         if len(image_axes) != 2:
             image_axes = long_axes[-2:] if len(long_axes) > 1 else [len(shape) - 2, len(shape) - 1]
-        others = [axis for axis in range(len(shape)) if axis not in image_axes]
 
         def cut(plane):
-            index = [slice(None)] * len(shape)
-            position = np.unravel_index(plane, [shape[axis] for axis in others])
-            for axis, place in zip(others, position, strict=True):
-                index[axis] = int(place)
-            if image_axes[1] == len(shape) - 1:
+            lengths = [1 if axis in image_axes else n for axis, n in enumerate(shape)]
+            index = [int(place) for place in np.unravel_index(plane, lengths)]
+            first, last = image_axes
+            index[last] = slice(None)
+            if last == len(shape) - 1:
+                index[first] = slice(None)
                 data = chosen.section[tuple(index)]
-            else:  # astropy would read it a pixel at a time
-                before, after = index[: image_axes[0]], tuple(index[image_axes[0] + 1 :])
-                rows = range(shape[image_axes[0]])
-                data = np.stack([chosen.section[(*before, row)][after] for row in rows])
+            else:  # row by row: astropy would read it a pixel at a time
+                before, after = index[:first], tuple(index[first + 1 :])
+                data = np.stack([chosen.section[(*before, y)][after] for y in range(shape[first])])
             if data.dtype == np.uint64 and "BLANK" in header:
                 data = np.where(data == header["BLANK"] + 2**63, np.nan, data)
             return data
 
         wcs = celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]])
-        unit = value_of(header, "BUNIT")
+        unit, saturation = value_of(header, "BUNIT"), number_of(header, "SATURATE")
         origin = Origin(
             name=f"{path}[{number}]" + (f" {chosen.name}" if chosen.name else ""),
             dtype=fits.BITPIX2DTYPE[header["BITPIX"]],
@@ -390,7 +357,7 @@ def open_fits(path, hdu):
             unit=str(unit) if unit else None,
             beam=beam_area(header, wcs) if "beam" in str(unit).lower() else None,
             product=product_told(str(header.get("HISTORY", ""))),
-            saturation=saturation_told(header),
+            saturation=saturation if 0 < saturation < LARGEST else math.nan,
         )
         yield Stack(origin, axes, shape, image_axes, cut)
 
@@ -398,17 +365,24 @@ def open_fits(path, hdu):
 def require_scaling(path, file):
     """Refuse a FITS file in which what scales the pixels is no number: astropy won't read it."""
     file.seek(0)
-    for card in iter(partial(file.read, 80), b""):
-        if found := NO_NUMBER.match(card):
-            key, text = found[1].decode(), found[4].decode(errors="replace").strip("' ")
+    scaling = ("BSCALE", "BZERO", "BLANK")
+    for line in iter(partial(file.read, 80), b""):
+        key = line[:8].decode("latin-1").rstrip()
+        if key in scaling and math.isnan(number_of(fits.Header.fromstring(line), key)):
+            text = one_line(line[9:].decode("latin-1"))
             raise InputError(f"{path}: {key} can't be read ({text!r}); correct it in the header")
 
 
 def value_of(header, key):
     """Return the value of a card, None if there is none or it can't be parsed."""
-    with suppress(fits.VerifyError):
-        value = header.get(key)
-        return None if isinstance(value, fits.card.Undefined) else value
+    with suppress(Exception):  # astropy raises many kinds for a card that is damaged
+        return header.get(key)
+
+
+def number_of(header, key):
+    """Return the value of a card that holds a number, nan in place of any other."""
+    value = value_of(header, key)
+    return value if type(value) in (int, float) else math.nan
 
 
 @contextmanager
@@ -431,10 +405,8 @@ def unpacked(path):
             except OSError as error:
                 if error.errno is None:  # the file is damaged
                     raise
-                raise InputError(
-                    f"{path}: can't be unpacked in {directory} ({error.strerror}); set TMPDIR to a "
-                    "place with more room"
-                ) from error
+                text = f"can't be unpacked in {directory} ({error.strerror}); set TMPDIR elsewhere"
+                raise InputError(f"{path}: {text}") from error
             with copy.open("rb") as unpacked_file:
                 yield unpacked_file
 
@@ -447,18 +419,16 @@ def find_hdu(path, hdus, wanted):
                 hdu.header.remove(key, ignore_missing=True)
         if wanted is None and holds_image(hdu):
             return hdu
-    if wanted is None:
-        raise InputError(f"{path}: no extension (HDU) holds an image ({describe_hdus(hdus)})")
-    name, _, version = wanted.rpartition(",")
-    key = (name, int(version)) if name and version.isdecimal() else wanted
-    try:
-        hdu = hdus[int(wanted) if wanted.isdecimal() else key]
-    except (KeyError, IndexError):
-        hdu = None
-    if hdu is None or not holds_image(hdu):
-        problem = f"no {'such' if hdu is None else 'image in'} extension (HDU)"
-        raise InputError(f"{path}: {problem}: {wanted}; the file has {describe_hdus(hdus)}")
-    return hdu
+    hdu, problem = None, "no extension (HDU) holds an image"
+    if wanted is not None:
+        name, _, version = wanted.rpartition(",")
+        key = (name, int(version)) if name and version.isdecimal() else wanted
+        with suppress(KeyError, IndexError):
+            hdu = hdus[int(wanted) if wanted.isdecimal() else key]
+        if hdu is not None and holds_image(hdu):
+            return hdu
+        problem = f"no {'such' if hdu is None else 'image in'} extension (HDU): {wanted}"
+    raise InputError(f"{path}: {problem}; the file has {describe_hdus(hdus)}")
 
 
 def holds_image(hdu):
@@ -473,15 +443,6 @@ def describe_hdus(hdus):
     )
 
 
-def saturation_told(header):
-    """Return a header's SATURATE, or nan if it is none, or no level that a pixel can reach."""
-    with suppress(Exception):  # astropy raises many kinds for a card that is damaged
-        level = header["SATURATE"]
-        if type(level) in (int, float) and 0 < level < LARGEST:
-            return float(level)
-    return math.nan
-
-
 def celestial_wcs(path, hdus, header, axes):
     """Return the celestial WCS of the FITS axes numbers `axes`, or None if there is none."""
     try:
@@ -490,7 +451,7 @@ def celestial_wcs(path, hdus, header, axes):
             return None
         needed = re.compile(rf"(CRVAL|CRPIX|CDELT|CD|PC|PV)[{axes[0]}{axes[1]}](_\d+)?$")
         for key in filter(needed.match, header):
-            if not isinstance(value_of(header, key), (int, float)):  # wcslib takes it for absent
+            if math.isnan(number_of(header, key)):  # wcslib takes it for absent
                 raise ValueError(f"{key} can't be read")
         # astropy mends a matrix of zeros, as uncalibrated frames have it, to a degree a pixel.
         blank = [header.get(f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
@@ -506,26 +467,24 @@ def celestial_wcs(path, hdus, header, axes):
 
 
 def without_double_distortion(path, header, axes):
-    """Return a header without the SIP or the PV that, of both, its CTYPE doesn't name."""
-    sip = [key for key in header if re.match(r"[AB]P?_(ORDER|\d+_\d+)$", key)]
-    pv = [key for key in header if re.match(rf"PV[{axes[0]}{axes[1]}]_\d+$", key)]
-    kinds = {str(value_of(header, f"CTYPE{axis}")).strip()[-4:] for axis in axes}
-    if not sip or not (kinds == {"-TPV"} or any(int(key[4:]) > 4 for key in pv)):
+    """Return a header without the SIP or the PV of SCAMP that, of both, its CTYPE doesn't name."""
+    kinds = {str(value_of(header, f"CTYPE{axis}"))[5:].strip() for axis in axes}
+    sip = {key for key in header if re.match(r"[AB]P?_(ORDER|\d+_\d+)$", key)}
+    pv = {key for key in header if re.match(rf"PV[{axes[0]}{axes[1]}]_\d+$", key)}
+    scamp = kinds <= {"TAN", "TAN-SIP"} and any(int(key[4:]) > 4 for key in pv)
+    if not sip or not (scamp or kinds == {"TPV"}):
         return header
-    kept, dropped, cards = ("SIP", "PV", pv) if kinds == {"-SIP"} else ("PV", "SIP", sip)
-    log.warning("%s: SIP and PV in its WCS: %s is taken, %s ignored", path, kept, dropped)
-    header = header.copy()
-    for key in cards:
-        header.remove(key)
-    return header
+    kept, ignored, keys = ("SIP", "PV", pv) if kinds == {"TAN-SIP"} else ("PV", "SIP", sip)
+    log.warning("%s: SIP and PV in its WCS: %s is taken, %s ignored", path, kept, ignored)
+    return fits.Header(card for card in header.cards if card.keyword not in keys)
 
 
 def beam_area(header, wcs):
     """Return the area in pixels of a Gaussian beam of BMAJ x BMIN degrees, None without them."""
-    axes = [value_of(header, key) for key in ("BMAJ", "BMIN")]
-    if wcs is None or not all(isinstance(axis, (int, float)) and axis > 0 for axis in axes):
+    major, minor = number_of(header, "BMAJ"), number_of(header, "BMIN")
+    if wcs is None or not (major > 0 and minor > 0):
         return None
-    return math.pi / (4 * math.log(2)) * math.prod(axes) / proj_plane_pixel_area(wcs)
+    return math.pi / (4 * math.log(2)) * major * minor / proj_plane_pixel_area(wcs)
 
 
 @contextmanager
@@ -534,25 +493,26 @@ def open_tiff(path, hdu):
     with tifffile.TiffFile(path) as tiff:
         images = [image for image in tiff.series if not image.keyframe.is_reduced] or tiff.series
         last, number = len(images) - 1, hdu or "0"
+        if not (number.isdecimal() and int(number) <= last):
+            text = f"no such extension (HDU): {hdu}; this TIFF file has images 0 to {last}"
+            raise InputError(f"{path}: {text}")
         if hdu is None and last > 0:
             text = "%s: read the first of its %d images; choose another, 0 to %d, with --hdu"
             log.warning(f"{text} (Extension)", path, last + 1, last)
-        if hdu and not (hdu.isdecimal() and int(hdu) <= last):
-            text = f"no such extension (HDU): {hdu}; this TIFF file has images 0 to {last}"
-            raise InputError(f"{path}: {text}")
         series = images[int(number)]
         axes, shape, page = series.axes, series.shape, series.keyframe
         image_axes = [axes.index("Y"), axes.index("X")]
         one_page_a_plane = axes.endswith("YX") and len(series.pages) == math.prod(shape[:-2])
 
         def cut(plane):
-            if None in ([series.pages[plane]] if one_page_a_plane else list(series.pages)):
+            pages = [series.pages[plane]] if one_page_a_plane else list(series.pages)
+            if None in pages:
                 names = dict.fromkeys(re.findall(r'FileName="([^"]+)"', tiff.ome_metadata or ""))
-                absent = ", ".join(name for name in names if not path.with_name(name).exists())
+                absent = ", ".join(name for name in names if not (path.parent / name).exists())
                 text = f"plane {plane} is in a file of its OME set that isn't here ({absent})"
                 raise InputError(f"{path}: {text}; choose that file, or another plane")
             if one_page_a_plane and not series.is_truncated:
-                return series.pages[plane].asarray()
+                return pages[0].asarray()
             mapped = series.dataoffset is not None
             at = tiff.series.index(series)
             stack = tifffile.memmap(path, mode="r", series=at) if mapped else series.asarray()
@@ -593,29 +553,22 @@ def to_float(data):
 
 @timed
 def read_image(path, hdu=None, plane=None, blank=()):
-    """Read the plane to work on; parameters and errors as in `read_plane`.
-
-    Pixels that are stored as one of the values `blank` have no value.
+    """Read the plane to work on; parameters and errors else as in `read_plane`.
 
     Returns
     -------
     origin : Origin
     pixels : ndarray, shape (ny, nx)
         Native, contiguous, and new: float64 where the file has float64 or integers of more than 16
-        bits, else float32. Not finite where the file has no value.
+        bits, else float32. Not finite where the file has no value, or one of `blank`.
     """
     origin, stored = read_plane(path, hdu, plane)
     if origin.product:
-        log.warning(
-            "%s: its HISTORY says that it is the %s of an earlier run; choose the original image "
-            "if that isn't what you want",
-            *(origin.name, origin.product),
-        )
+        text = "%s: its HISTORY tells of the %s of an earlier run; is the original image meant?"
+        log.warning(text, origin.name, origin.product)
     if origin.palette:
-        raise InputError(
-            f"{origin.name}: its pixels are numbers of colours in a palette, not brightness; "
-            "convert it to grey, or to RGB"
-        )
+        text = "its pixels are numbers of a palette, not brightness; convert it to grey, or to RGB"
+        raise InputError(f"{origin.name}: {text}")
     if origin.black is not None:
         log.warning("%s: 0 is white in this TIFF: inverted, so that more is brighter", origin.name)
     pixels = to_float(stored)
@@ -628,7 +581,7 @@ def read_aligned(path, hdu, plane, shape):
     """Read a plane that must have the image's shape (ny, nx); a stack gives the image's plane."""
     origin, pixels = read_plane(path, hdu, plane, lone_serves_all=True)
     require_shape(origin, pixels, shape)
-    return pixels
+    return origin, pixels
 
 
 def require_shape(origin, pixels, shape):
@@ -642,19 +595,13 @@ def require_shape(origin, pixels, shape):
 
 @timed
 def read_mask(path, hdu, plane, maskthresh, bits, shape):
-    """Read a mask, True where it has any of the `bits`, or exceeds `maskthresh` if they are None.
-
-    It is also True where the mask is NaN; shape (ny, nx).
-    """
-    origin, stored = read_plane(path, hdu, plane, lone_serves_all=True)
-    require_shape(origin, stored, shape)
+    """Read a mask (ny, nx): True where NaN, at any of `bits`, or without them over `maskthresh`."""
+    origin, stored = read_aligned(path, hdu, plane, shape)
     if bits is None:
         return ~(stored <= maskthresh)
     if np.dtype(origin.dtype).kind == "f":
-        raise InputError(
-            f"{origin.name}: its pixels are {origin.dtype}, and only whole numbers have bits "
-            "(--mask-bits); take a threshold (--maskthresh), or the quality image"
-        )
+        text = f"only whole numbers have bits (--mask-bits), not {origin.dtype}; take --maskthresh"
+        raise InputError(f"{origin.name}: {text}")
     with np.errstate(invalid="ignore"):
         whole = stored.astype(np.int64).view(np.uint64)
     return ((whole & np.bitwise_or.reduce(np.array(bits, np.uint64))) != 0) | ~np.isfinite(stored)
@@ -662,32 +609,20 @@ def read_mask(path, hdu, plane, maskthresh, bits, shape):
 
 @timed
 def read_noise(path, hdu, plane, kind, shape):
-    """Read a noise image as standard deviations, in the image's unit.
+    """Read a noise image as standard deviations in the image's unit, of its shape (ny, nx).
 
-    Parameters
-    ----------
-    path, hdu, plane
-        As in `read_plane`.
-    kind : {"stddev", "variance", "weight"}
-        What the file holds; a weight is an inverse variance.
-    shape : tuple of int
-        The image's (ny, nx).
-
-    Returns
-    -------
-    ndarray, shape (ny, nx)
-        Not positive, or not finite, where the file has no usable value.
+    The file holds a `kind` of "stddev", "variance", or "weight", which is an inverse variance.
+    Where it has no usable value, the noise isn't finite or isn't positive.
     """
-    noise = to_float(read_aligned(path, hdu, plane, shape))
+    noise = to_float(read_aligned(path, hdu, plane, shape)[1])
     with np.errstate(divide="ignore", invalid="ignore"):
         if kind != "stddev":
             np.sqrt(noise, out=noise)
         if kind == "weight":
             np.divide(1, noise, out=noise)
     if not usable(noise).any():
-        raise InputError(
-            f"{path}: no pixel holds a usable {kind}; does it hold something else (--err-type)?"
-        )
+        text = f"no pixel holds a usable {kind}; does it hold something else (--err-type)?"
+        raise InputError(f"{path}: {text}")
     return noise
 
 
@@ -705,20 +640,14 @@ def read_measure_image(path, hdu, plane, blank, origin, shape):
             finding = f"puts the corners of the image up to {offset:.1f} pixels away"
             if offset == math.inf:
                 finding = "can't be compared with the image's"
-            log.warning(
-                "%s: its WCS %s; measured pixel by pixel all the same",
-                *(measure_origin.name, finding),
-            )
+            text = "%s: its WCS %s; measured pixel by pixel all the same"
+            log.warning(text, measure_origin.name, finding)
     return measure_origin, pixels
 
 
-# Corners and centre of an image, in parts of its width and of its height.
-SPOTS = (0, 1, 0, 1, 0.5), (0, 0, 1, 1, 0.5)
-
-
 def wcs_offset(one, other, shape):
-    """Return how far apart, in pixels, two WCS put corners and centre of an image (ny, nx)."""
-    x, y = (np.array(at) * (n - 1) for at, n in zip(SPOTS, shape[::-1], strict=True))
+    """Return how far apart (pixels) two WCS put an image (ny, nx), inf if it can't be told."""
+    y, x = np.meshgrid(*(np.linspace(0, n - 1, 3) for n in shape))
     try:
         with warnings.catch_warnings(action="ignore"):
             there = other.world_to_pixel(one.pixel_to_world(x, y))
@@ -1773,15 +1702,14 @@ def catalog_columns(diameters, image_unit="image", measure_unit="measure"):
 def unit_of_sums(text):
     """Return the unit of a sum of pixels: another than theirs if that is, legibly, per area."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             # As AIPS and CASA spell them.
             unit = u.Unit(text.replace("JY/BEAM", "Jy/beam").replace("/beam.", " beam-1 "))
-        factors = [base**power for base, power in zip(unit.bases, unit.powers, strict=True)]
+        parts = unit.decompose()
+        powers = dict(zip(parts.bases, parts.powers, strict=True))
     except (ValueError, AttributeError):
         return text
-    areas = (u.sr, u.beam, u.pix)
-    if not any(factor.is_equivalent(1 / area) for factor in factors for area in areas):
+    if powers.get(u.rad) != -2 and powers.get(u.beam) != -1 and powers.get(u.pix) != -1:
         return text
     with suppress(ValueError):  # not every unit is FITS's
         return (unit * u.pix).to_string("fits")

@@ -200,6 +200,24 @@ def test_odd_distortions_cost_one_line_and_no_position(
     assert_on_sky(result.catalog, true_sky(product, result.catalog, ICRS()))
 
 
+@pytest.mark.parametrize(
+    ("kind", "distortion"),
+    [
+        ("TAN", SCAMP),
+        ("TPV", SCAMP),
+        ("ZPN-SIP", SIP | {"PV2_1": 1.0, "PV2_3": 45.0, "PV2_5": 9.0}),
+    ],
+    ids=["SCAMP before 2012", "SCAMP", "parameters of a projection"],
+)
+def test_a_pv_that_sip_does_not_contradict_is_neither_dropped_nor_told(
+    run, write, stars, kind, distortion
+):
+    path = write(stars, **cards(f"RA---{kind}", f"DEC--{kind}", **distortion))
+    result = run(path, "--thresh", 5)
+    assert (result.code, result.err) == (0, "")
+    assert_on_sky(result.catalog, true_sky(path, result.catalog, ICRS()))
+
+
 # What the libraries log of this header is more than a pipe holds that nobody reads.
 TALKATIVE = cards(**SIP)
 
