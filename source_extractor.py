@@ -42,7 +42,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial, wraps
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -87,17 +87,12 @@ def about(name):
         raise InputError(f"{name}: {error}") from error
 
 
-def timed(function):
-    """Report at debug level how long each call of `function` took."""
-
-    @wraps(function)
-    def wrapper(*args, **kwargs):
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        log.debug("%-22s %7.2f s", function.__name__, time.perf_counter() - start)
-        return result
-
-    return wrapper
+@contextmanager
+def timed(stage):
+    """Report at debug level how long a stage took; also as a decorator, of each call."""
+    start = time.perf_counter()
+    yield
+    log.debug("%-22s %7.2f s", stage, time.perf_counter() - start)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -551,7 +546,7 @@ def to_float(data):
     return np.require(data, np.float64 if data.dtype.itemsize > exact else np.float32, ["C", "W"])
 
 
-@timed
+@timed("read image")
 def read_image(path, hdu=None, plane=None, blank=()):
     """Read the plane to work on; parameters and errors else as in `read_plane`.
 
@@ -593,7 +588,7 @@ def require_shape(origin, pixels, shape):
         )
 
 
-@timed
+@timed("read mask")
 def read_mask(path, hdu, plane, maskthresh, bits, shape):
     """Read a mask (ny, nx): True where NaN, at any of `bits`, or without them over `maskthresh`."""
     origin, stored = read_aligned(path, hdu, plane, shape)
@@ -607,7 +602,7 @@ def read_mask(path, hdu, plane, maskthresh, bits, shape):
     return ((whole & np.bitwise_or.reduce(np.array(bits, np.uint64))) != 0) | ~np.isfinite(stored)
 
 
-@timed
+@timed("read noise")
 def read_noise(path, hdu, plane, kind, shape):
     """Read a noise image as standard deviations in the image's unit, of its shape (ny, nx).
 
@@ -952,7 +947,7 @@ class Field:
         return float(np.abs(kernel, dtype=np.float64).sum() / np.linalg.norm(kernel.astype(float)))
 
 
-@timed
+@timed("build field")
 def build_field(pixels, mask, noise, method, saturation=math.nan):
     """Estimate the background of an image, take it off, and bridge narrow gaps in what is left.
 
@@ -1038,7 +1033,7 @@ def settle_noise(mask, noise, background, method):
     return mask, noise
 
 
-@timed
+@timed("estimate background")
 def estimate_background(pixels, mask, settings):
     """Return the `sep.Background` of an image (ny, nx), or None if SEP can use no box of it.
 
@@ -1109,14 +1104,13 @@ def grow_mask(mask, objects):
 def noise_raised_by_mask(field):
     """Return how many times the global RMS of the whole image that under the mask is.
 
-    1 where little is masked, or the whole image has no noise: that of a padded mosaic.
+    1 where little is masked that has a value, or the whole image has no noise, as a padded mosaic.
     """
-    masked = field.mask.mean()
-    if masked <= MUCH_MASKED:
+    worthless = too_large(field.residual[field.mask])
+    if np.count_nonzero(~worthless) <= MUCH_MASKED * field.mask.size:
         return 1.0
-    bad = too_large(field.residual) & field.mask
-    if masked - bad.mean() <= MUCH_MASKED:
-        return 1.0
+    bad = field.mask.copy()
+    bad[field.mask] = worthless
     pixels = field.background.back()
     pixels += field.residual
     whole = global_rms(estimate_background(pixels, bad, field.method.background))
@@ -1153,7 +1147,7 @@ class Detections(NamedTuple):
     segmentation: np.ndarray
 
 
-@timed
+@timed("find sources")
 def find_sources(field):
     """Return the `Detections` in a field: SEP's, cleaned up.
 
@@ -1410,7 +1404,7 @@ class Shapes(NamedTuple):
     theta: np.ndarray
 
 
-@timed
+@timed("measure")
 def measure(field, measure_field, found, settings):
     """Measure background, sizes, Kron and aperture fluxes, and windowed centroids.
 
@@ -1545,6 +1539,7 @@ def windowed_centroids(field, shapes, sigma, neighbours):
     return found
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def windowed_errors(field, xwin, ywin, sigma, neighbours):
     """Return the error ellipses of the windowed centroids, by column; nan where there is none.
 
@@ -1778,33 +1773,18 @@ class Result:
         return [f"{SIGNATURE}: {product}", *self.settings]
 
 
-def write_background(path, result):
-    """Write the background level at each pixel."""
-    write_image(path, result, "background", result.field.level_map(), result.origin.unit)
-
-
-def write_rms(path, result):
-    """Write the background RMS at each pixel."""
-    write_image(path, result, "rms", result.field.rms_map(), result.origin.unit)
-
-
-def write_segmentation(path, result):
-    """Write the map of the labels."""
-    write_image(path, result, "segmentation", result.segmentation, None)
-
-
-def write_subtracted(path, result):
-    """Write the image less its background."""
-    residual = result.field.frame.differences(result.field.residual)
-    write_image(path, result, "subtracted", residual, result.origin.unit)
-
-
-def write_image(path, result, product, values, unit):
+def write_image(product, path, result):
     """Write an image product; floats as float32, unless the image is float64.
 
     FITS has the unit as BUNIT. TIFF keeps neither WCS nor unit, and labels as the smallest unsigned
     integers that hold them.
     """
+    values = {
+        "background": result.field.level_map,
+        "rms": result.field.rms_map,
+        "segmentation": lambda: result.segmentation,
+        "subtracted": lambda: result.field.frame.differences(result.field.residual),
+    }[product]()
     if values.dtype == np.float64 and result.origin.dtype != "float64":
         values = values.astype(np.float32)
     history = result.history(product)
@@ -1818,8 +1798,8 @@ def write_image(path, result, product, values, unit):
         hdus = wcs.to_fits(relax=True) if wcs else fits.HDUList([fits.PrimaryHDU()])
         primary = hdus[0]
         primary.data = values
-        if unit:
-            primary.header["BUNIT"] = unit
+        if result.origin.unit and product != "segmentation":
+            primary.header["BUNIT"] = result.origin.unit
         for line in history:
             primary.header.add_history(line)
         hdus.writeto(path, overwrite=True, output_verify="exception")
@@ -2025,12 +2005,16 @@ class Product(NamedTuple):
 
 
 PRODUCTS = {
-    "background": Product("background", "level of the background", write_background),
-    "rms": Product("rms", "noise of the background", write_rms),
-    "segmentation": Product("segmentation", "map of the sources' labels", write_segmentation),
+    "background": Product(
+        "background", "level of the background", partial(write_image, "background")
+    ),
+    "rms": Product("rms", "noise of the background", partial(write_image, "rms")),
+    "segmentation": Product(
+        "segmentation", "map of the sources' labels", partial(write_image, "segmentation")
+    ),
     "overlay": Product("sources.png", "PNG of the sources as ellipses", draw_overlay),
     "catalog": Product("catalog.tsv", "catalogue", write_catalog),
-    "subtracted": Product(None, "background-subtracted image", write_subtracted),
+    "subtracted": Product(None, "background-subtracted image", partial(write_image, "subtracted")),
     "catalog_fits": Product(
         None, "catalogue as FITS table with units and descriptions", write_catalog_fits
     ),
@@ -2044,8 +2028,8 @@ PRODUCTS = {
 def write_products(paths, targets, result):
     """Write each product to the path that `staged` gave it for its target."""
     for name, path in paths.items():
-        with writing(targets[name]):
-            timed(PRODUCTS[name].write)(path, result)
+        with writing(targets[name]), timed(f"write {name}"):
+            PRODUCTS[name].write(path, result)
 
 
 @contextmanager
@@ -2204,8 +2188,8 @@ def build_parser():
     box = {"nargs": 4, "action": "append", "metavar": ("XMIN", "XMAX", "YMIN", "YMAX")}
     text = "mask 0-based pixels, ends included; repeatable"
     add("--mask-box", number(int, 0), text, default=[], **box)
-    text = "values of pixels without data, such as 0 in a mosaic"
-    add("--blank", real, text, default=[], nargs="+", metavar="VALUE")
+    text = "value of pixels without data, such as 0 in a mosaic; repeatable"
+    add("--blank", real, text, default=[], action="append", metavar="VALUE")
     text = "interpolate over masks this narrow, pixels; 0: none"
     add("--bridge", number(int, 0, 5), text, default=3)
 
@@ -2330,7 +2314,7 @@ def product_paths(args):
 # ---------------------------------------------------------------------------------------------
 
 
-@timed
+@timed("all")
 def run(args):
     """Do the whole work, from the image to its products."""
     method, photometry = choose_method(args), settings_from(args, PhotometrySettings)
@@ -2479,9 +2463,16 @@ def report_field(field, values):
         log.info("threshold     %.6g (%g x rms)", thresh * rms, thresh)
     else:
         typical = frame.differences(typical_noise(field))
-        thresh /= field.depth() or 1
-        log.info("threshold     %.6g (%.4g x noise, median)", thresh * typical, thresh)
-        warn_of_depth(field)
+        depth = field.depth() or 1
+        deep = thresh / depth
+        log.info("threshold     %.6g (%.4g x noise, median)", deep * typical, deep)
+        if depth != 1:
+            log.warning(
+                "with a noise image the matched filter goes %.2f times deeper: a threshold of %g is"
+                " as %.3g on the global RMS, and %.3g as %g there; convolution (--filter-type conv)"
+                " goes no deeper",
+                *(depth, thresh, deep, thresh * depth, thresh),
+            )
     if method.measures_noise():
         warn_of_counts(field, values)
     raised = noise_raised_by_mask(field) if method.measures_noise() else 1.0
@@ -2516,18 +2507,6 @@ def warn_of_counts(field, values):
         "them if they hold no data; else take an absolute threshold (--err-option none --thresh "
         "%.3g) and smooth more (--filter-case gaussian --filter-fwhm %g)",
         *(100 * share, level, thresh, COUNT_FWHM),
-    )
-
-
-def warn_of_depth(field):
-    """Tell how much deeper than on a global noise a matched filter goes with a noise image."""
-    thresh, depth = field.method.extraction.thresh, field.depth()
-    if depth is None:
-        return
-    log.warning(
-        "with a noise image the matched filter goes %.2f times deeper: a threshold of %g is as %.3g"
-        " on the global RMS, and %.3g as %g there; convolution (--filter-type conv) goes no deeper",
-        *(depth, thresh, thresh / depth, thresh * depth, thresh),
     )
 
 

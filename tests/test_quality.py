@@ -129,7 +129,7 @@ def test_blank_pixels_are_like_nan(run, write, mosaic, value):
     image, outside = mosaic
     nan = run(write(np.where(outside, np.nan, image).astype("f4"))).catalog
     padded = write(np.where(outside, value, image).astype("f4"), "padded.fits")
-    result = run(padded, "--blank", -5, value)
+    result = run(padded, "--blank", -5, "--blank", value)
     assert result.catalog.equals(nan)
     assert "exactly" not in result.err
 
