@@ -60,6 +60,7 @@ from astropy.wcs.utils import proj_plane_pixel_area
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import AsinhNorm, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
 
 __version__ = "1.0.0"
 
@@ -720,19 +721,9 @@ def read_kernel(path):
 def build_mask(pixels, mask, noise, boxes):
     """Combine everything that excludes a pixel: no finite value, the mask, no noise, the boxes.
 
-    Parameters
-    ----------
-    pixels : ndarray, shape (ny, nx)
-    mask : ndarray of bool, shape (ny, nx), or None
-    noise : ndarray, shape (ny, nx), or None
-        Standard deviations; a pixel without a finite positive one is masked.
-    boxes : list of (xmin, xmax, ymin, ymax)
-        0-based pixels, ends included.
-
-    Raises
-    ------
-    InputError
-        If a box lies outside the image, or nothing is left.
+    All are arrays (ny, nx), but for the boxes (xmin, xmax, ymin, ymax) of 0-based pixels, ends
+    included; mask and noise may be None. A box outside the image is an `InputError`, and so it is
+    if nothing is left.
     """
     excluded = ~np.isfinite(pixels)
     if mask is not None:
@@ -752,83 +743,73 @@ def build_mask(pixels, mask, noise, boxes):
     return excluded
 
 
-# Beside a pixel this many times the noise above the background, a gap takes the Gaussian of a star,
-# but of none whose FWHM (pixels) is less than this.
-BRIGHT = 3.0
+# A gap takes the values of a Gaussian where a pixel beside it is this many times the noise above
+# the background; of none whose FWHM (pixels) is smaller.
+BRIGHT = 5.0
 SHARPEST = 2.5
 
 
 def bridge(image, noise, excluded, rms, widest):
     """Interpolate an image and its noise over narrow gaps, in place; return what stays excluded.
 
-    A gap is a run of up to `widest` excluded pixels along a row or a column, with good ones at both
-    ends; a pixel in two gaps takes the shorter, or the mean of equal ones. A second round takes
-    what is left where gaps cross. What touches a wider mask stays as it is. The image (ny, nx) is
-    without its background, `rms` its noise; `noise` may be a number, which needs no bridge.
+    A gap is a run of up to `widest` excluded pixels along a row or a column between good ones. The
+    narrowest are filled first, rows before columns; what is filled is good, so that gaps may cross.
+    Larger squares of excluded pixels, and what touches them, stay as they are. The image (ny, nx)
+    is without its background, `rms` its noise; `noise` may be a number, which needs no bridge.
     """
     if not widest or not excluded.any():
         return excluded
-    mask, (ny, nx) = excluded.copy(), excluded.shape
-    flat, rounds = mask.reshape(-1), []
-    for crossing in (False, True):
-        gaps = np.hstack([find_gaps(mask, widest, stride) for stride in (1, nx)])
-        if crossing:  # its ends are gaps themselves, and go on
-            gaps = gaps[:, excluded.reshape(-1)[gaps[3:]].all(axis=0)]
-        if not gaps.size:
-            break
-        flat[gaps[0]] = False
-        rounds.append(gaps)
-    for gaps in rounds:
-        y, x = np.divmod(gaps[0], nx)
-        beside = np.clip([y - 1, y + 1, y, y], 0, ny - 1), np.clip([x, x, x - 1, x + 1], 0, nx - 1)
-        wide = mask[beside].any(axis=0) | flat[gaps[3:]].any(axis=0)
-        flat[gaps[0, wide]] = True
-        gaps = gaps[:, ~wide]
-        flat[gaps[0]] = False
-        at, index = np.unique(gaps[0], return_inverse=True)
-        weight = 1e-3 ** gaps[2]
-        for plane, spread in ((image, rms), (noise, math.inf)):
-            if np.ndim(plane):
-                values = weight * interpolate(plane.reshape(-1)[gaps[3:]], *gaps[1:3], spread)
-                plane.reshape(-1)[at] = np.bincount(index, values) / np.bincount(index, weight)
-    return mask
+    padded = np.pad(excluded, widest + 1)
+    squares = sliding_window_view(padded, np.add(excluded.shape, widest + 2)).all(axis=(0, 1))
+    wide = sliding_window_view(squares, excluded.shape).any(axis=(0, 1))
+    state = excluded + (excluded & wide).astype(np.uint8)  # 0 good, 1 narrow, 2 wide
+    y, x = np.nonzero(state == 1)
+    for width in range(1, widest + 1):
+        fill_gaps(image, noise, state, y, x, rms, width)
+        fill_gaps(image.T, np.transpose(noise), state.T, x, y, rms, width)
+    return state > 0
 
 
-def find_gaps(mask, widest, stride):
-    """Find runs of up to `widest` masked pixels along rows (stride 1) or columns (stride nx).
-
-    The rows of the result, with a column a pixel: its flat index; its place in the run, from 1; the
-    distance between the good pixels at both ends; the flat indices of two good ones at each end.
-    """
-    flat, nx = mask.reshape(-1), mask.shape[1]
-    line = np.floor_divide if stride == 1 else np.remainder
-    edges = np.flatnonzero(flat[stride:] != flat[:-stride])
-    edges = edges[np.argsort(line(edges, nx), kind="stable")]
-    left, last, right = edges[:-1], edges[1:], edges[1:] + stride
-    distance = (right - left) // stride
-    narrow = flat[last] & (distance <= widest + 1) & (line(left, nx) == line(right, nx))
-    run, step = np.nonzero(np.arange(1, widest + 1) < distance[narrow, np.newaxis])
-    left, right, distance = left[narrow][run], right[narrow][run], distance[narrow][run]
-    beyond = np.clip([left - stride, right + stride], 0, flat.size - 1)
-    before, after = np.where(flat[beyond], [left, right], beyond)
-    return np.array([left + (step + 1) * stride, step + 1, distance, before, left, right, after])
+def fill_gaps(image, noise, state, y, x, rms, width):
+    """Fill gaps of one width along the rows, in place: those that begin at a pixel of (y, x)."""
+    step = np.arange(-2, width + 4)  # from the last pixel before the gap; three on each side
+    place = x[:, None] - 1 + step
+    at = np.clip(place, 0, state.shape[1] - 1)
+    seen = np.where(at == place, state[y[:, None], at], 2)
+    closed = (seen[:, 2:-2] == [0, *width * [1], 0]).all(axis=1)
+    y, at, good = y[closed, None], at[closed], seen[closed] == 0
+    gap = y, at[:, 3:-3]
+    for plane, spread in ((image, rms), (noise, math.inf)):
+        if np.ndim(plane):
+            values = plane[y, at].astype(np.float64)
+            plane[gap] = interpolate(values, good, step, spread)[:, 3:-3]
+    state[gap] = 0
 
 
-def interpolate(ends, step, distance, rms):
-    """Return values `step` pixels into gaps, from two before and two after them, shape (4, n).
-
-    They lie on a straight line, or, beside a bright pixel, on a Gaussian: what is below the noise
-    counts as if it were at it.
-    """
-    part = step / distance
-    line = ends[1] + (ends[2] - ends[1]) * part
-    bright = (ends[1:3] > BRIGHT * rms).any(axis=0)
-    before, left, right, after = np.log(np.maximum(ends[:, bright], rms or 1e-30))
-    part, step, distance = part[bright], step[bright], distance[bright]
-    bend = (left + right - before - after) / (2 * (distance + 1))
-    bend = np.minimum(bend, 4 * math.log(2) / SHARPEST**2)
-    line[bright] = np.exp(left + (right - left) * part + bend * step * (distance - step))
-    return line
+def interpolate(values, good, step, rms):
+    """Return lines between the two ends of gaps, or Gaussians that fit the good pixels there."""
+    ends, part = values[:, [2, -3]], step / step[-3]
+    filled = ends @ np.array([1 - part, part])
+    bright = ends.max(axis=1) > BRIGHT * rms
+    values, good, ends = np.where(good, values, 0)[bright], good[bright], ends[bright]
+    # What rises away from the fainter end belongs to another source.
+    fainter = (step < 1) == (ends[:, :1] < ends[:, 1:])
+    good &= ~fainter | (values <= ends.min(axis=1, keepdims=True) + 3 * rms)
+    unit = np.maximum(rms, 1e-3 * values.max(axis=1, keepdims=True))
+    values /= unit
+    powers = np.vander(step - step.mean(), 3)
+    model = np.log(np.maximum(values, 1))
+    most = np.where(good, model + 1, 99)
+    for _ in range(6):  # Gauss and Newton's; where the noise leaves it open, with no curvature
+        height = np.exp(model)
+        weight = good * height**2
+        matrix = np.einsum("ni,ij,ik->njk", weight, powers, powers) + np.diag([2, 0, 0])
+        vector = weight * (model + np.clip(values / height - 1, -1, 1)) @ powers
+        model = np.linalg.solve(matrix, vector[:, :, None])[:, :, 0] @ powers.T
+        model = np.clip(model, -5, most)
+    sharpest = np.exp(4 * math.log(2) / SHARPEST**2 * step * (step[-3] - step))
+    filled[bright] = np.minimum(unit * np.exp(model), filled[bright] * sharpest)
+    return filled
 
 
 def usable(noise):
@@ -1182,17 +1163,12 @@ def find_sources(field):
     return Detections(objects, labels)
 
 
-def flag_pixels(objects, segmentation, where, bit):
-    """Set a bit of the flag, in place, of the objects that have a pixel at `where`, an index."""
-    labels = np.unique(segmentation[where])
-    objects["flag"][labels[labels > 0] - 1] |= bit
-
-
 def flag_fields(found, *fields):
     """Flag the objects, in place, with saturated or bridged pixels in any of the fields."""
     for field in fields:
-        flag_pixels(*found, field.saturated, SATURATED)
-        flag_pixels(*found, field.excluded > field.mask, BRIDGED)
+        for where, bit in ((field.saturated, SATURATED), (field.excluded > field.mask, BRIDGED)):
+            labels = np.unique(found.segmentation[where])
+            found.objects["flag"][labels[labels > 0] - 1] |= bit
 
 
 @contextmanager
@@ -2411,33 +2387,17 @@ def report_beam(origin):
         log.info("beam          %.6g pixels, by which to divide fluxes", origin.beam)
 
 
-# Side of the blocks (pixels), and the part of an image, that hold one value if it is padding.
-PADDED_BLOCK = 32
-MUCH_PADDED = 0.02
-
-
 def warn_of_padding(origin, pixels, mask):
-    """Tell if whole blocks hold one value that is common at the border and rare in most others.
-
-    In an image of counts, or without noise, it is common in the others as well.
-    """
-    if min(pixels.shape) < PADDED_BLOCK:
-        return
+    """Warn of whole blocks of a value common at the border, unless many others hold some of it."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     values, counts = np.unique(border, return_counts=True)
     value = values[counts.argmax()]
-    if counts.max() <= MUCH_PADDED * border.size:
-        return
-    ny, nx = (size // PADDED_BLOCK for size in pixels.shape)
-    padded = ((pixels == value) & ~mask)[: ny * PADDED_BLOCK, : nx * PADDED_BLOCK]
-    part = padded.reshape(ny, PADDED_BLOCK, nx, PADDED_BLOCK).mean(axis=(1, 3))
-    if (part == 1).mean() > MUCH_PADDED and 2 * (part < 0.1).sum() > (part < 1).sum():
+    same, mesh = (pixels == value) & ~mask, BackgroundSettings(bw=32, bh=32)
+    inside, outside = box_sums(same, mesh), box_sums(~same, mesh)
+    if (outside == 0).mean() > 0.02 and 2 * (9 * inside < outside).sum() > (outside > 0).sum():
+        text = "%.0f %% of the image is exactly %s: if it is padding, name it (--blank %s)"
         stored = value if origin.black is None else origin.black - value
-        log.warning(
-            "at least %.0f %% of the image, in whole blocks, is exactly %s: if it is padding, name "
-            "it as a blank value (--blank %s)",
-            *(100 * (part == 1).mean(), stored, stored),
-        )
+        log.warning(text, 100 * same.mean(), stored, stored)
 
 
 def saturation_level(args, origin):
@@ -2445,7 +2405,7 @@ def saturation_level(args, origin):
     level, source = args.saturation, "--saturation"
     if level is None:
         level, source = origin.saturation, "SATURATE"
-    if level == level:
+    if not math.isnan(level):
         log.info("saturation    %.6g (%s)", level, source)
     return level
 
@@ -2518,27 +2478,17 @@ def report_detections(field, found):
     if field.is_noiseless():
         log.warning("the image is constant: no sources")
     elif not len(found.objects):
-        hidden = 100 * hidden_part(field)
-        advice = f"; the mask hides {hidden:.0f} % of the pixels above the threshold: mask less"
-        log.warning(
-            "no sources found: the catalogue and the segmentation map are empty%s",
-            advice if hidden > 50 else "",
-        )
-
-
-def hidden_part(field):
-    """Return which part of the pixels above the threshold is masked, though they have values."""
-    without = too_large(field.residual)
-    seen = replace(field, mask=without, noise=typical_noise(field))
-    above = find_sources(seen).segmentation > 0
-    return field.mask[above].mean() if above.any() else 0
+        seen = replace(field, mask=too_large(field.residual), noise=typical_noise(field))
+        masked = field.mask[find_sources(seen).segmentation > 0]
+        part = 100 * masked.sum() / max(masked.size, 1)
+        advice = f"; the mask hides {part:.0f} % of the pixels above the threshold: mask less"
+        text = "no sources found: the catalogue and the segmentation map are empty%s"
+        log.warning(text, advice if part > 50 else "")
 
 
 def typical_noise(field):
     """Return the noise of a field as one number, the median of an array."""
-    return (
-        float(np.median(sample(field.noise, field.mask))) if np.ndim(field.noise) else field.noise
-    )
+    return float(np.median(sample(np.broadcast_to(field.noise, field.mask.shape), field.mask)))
 
 
 def warn_of_boxes(field, found):

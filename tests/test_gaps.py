@@ -5,7 +5,7 @@ import pytest
 from astropy.io import fits
 
 from common import rows_at
-from sky import grid_positions, simulate, stars
+from sky import galaxies, grid_positions, simulate, stars, vstack
 from source_extractor import bridge
 
 SHAPE = (240, 240)
@@ -86,6 +86,98 @@ def test_flux_and_position_across_gaps_are_right(run, write, kind, width, fwhm):
     image[gaps(kind, width)] = np.nan
     catalog = assert_right(run(write(image), "--thresh", 5), 0.02, 30000)
     assert (catalog.flag == BRIDGED).all()
+
+
+# Where the gap is in a source
+
+FARTHEST = 3.0  # from the middle of a gap to the middle of a source, pixels
+ACROSS = {
+    "star of 3": lambda x, y, flux: stars(x, y, flux, fwhm=3.0),
+    "star of 4": lambda x, y, flux: stars(x, y, flux, fwhm=4.0),
+    "star of 10": lambda x, y, flux: stars(x, y, flux, fwhm=10.0),
+    "galaxy": lambda x, y, flux: galaxies(x, y, flux, a=2.0, b=1.0, theta=0.8),
+    "large galaxy": lambda x, y, flux: galaxies(x, y, flux, a=6.0, b=3.0, theta=2.5),
+    "winged star": lambda x, y, flux: stars(x, y, flux, fwhm=4.0, beta=3.0),
+    "two stars": lambda x, y, flux: vstack([stars(x + d, y, flux) for d in (0, 8)]),
+}
+
+
+def across_gaps(name, width, flux, number):
+    """Return an image of sources with gaps at all distances, the same without, and the places."""
+    distance = np.arange(-FARTHEST, FARTHEST + 0.1, 0.5)
+    column = 40 * np.arange(number) + 20
+    x = (column - (width % 2 == 0) / 2 + distance[:, None]).ravel()
+    y = np.repeat(40 * np.arange(len(distance)) + 20.3, number)
+    shape = 40 * len(distance), 40 * number
+    whole, _ = simulate(shape, ACROSS[name](x, y, flux), seed=2, level=100.0, noise=1.0)
+    image = whole.copy()
+    for c in column:
+        image[:, c - width // 2 : c - width // 2 + width] = np.nan
+    return image, whole, x, y
+
+
+def compare(run, write, image, whole, x, y):
+    """Return flux with gaps over flux without them, and by how much the position is off."""
+    options = "--thresh", 5, "--aperture-diameters", 8
+    catalog = rows_at(run(write(image), *options).catalog, x, y)
+    truth = rows_at(run(write(whole, "whole.fits"), *options).catalog, x, y)
+    moved = np.hypot(catalog.xwin - truth.xwin, catalog.ywin - truth.ywin)
+    return catalog.flux_auto / truth.flux_auto, catalog.flux_aper_8 / truth.flux_aper_8, moved
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("name", ["star of 3", "star of 4", "star of 10"])
+def test_a_bright_star_is_right_wherever_the_gap_is(run, write, name, width, turned):
+    image, whole, x, y = across_gaps(name, width, 1e5, 1)
+    if turned:
+        image, whole, x, y = image.T, whole.T, y, x
+    flux, _, moved = compare(run, write, image, whole, x, y)
+    np.testing.assert_allclose(flux, 1, rtol=0.02)
+    assert moved.max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "tolerance", "shift"),
+    [
+        ("galaxy", 1, 0.02, 0.1),
+        ("galaxy", 2, 0.02, 0.1),
+        ("galaxy", 3, 0.04, 0.1),
+        ("large galaxy", 1, 0.02, 0.1),
+        ("large galaxy", 2, 0.02, 0.1),
+        ("large galaxy", 3, 0.03, 0.12),
+        ("winged star", 1, 0.02, 0.1),
+        ("winged star", 2, 0.03, 0.1),
+        ("winged star", 3, 0.06, 0.2),
+    ],
+)
+def test_a_source_that_is_no_gaussian_is_nearly_right(run, write, name, width, tolerance, shift):
+    flux, _, moved = compare(run, write, *across_gaps(name, width, 1e6, 1))
+    np.testing.assert_allclose(flux, 1, rtol=tolerance)
+    assert moved.max() < shift
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_a_gap_between_close_stars_spoils_neither(run, write, width):
+    _, flux, moved = compare(run, write, *across_gaps("two stars", width, 1e5, 1))
+    np.testing.assert_allclose(flux, 1, rtol=0.02)
+    assert moved.max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "sky_pixels"),
+    [
+        *(("star of 3", width, 4.5) for width in (1, 2)),
+        *(("star of 4", width, 6.0) for width in (1, 2, 3)),
+        *(("star of 10", width, 15.0) for width in (1, 2, 3)),
+        *(("galaxy", width, 6.4) for width in (1, 2)),
+    ],
+)
+def test_noise_does_not_bias_the_flux(run, write, name, width, sky_pixels):
+    """At S/N 100; `sky_pixels` is the root of the number of pixels whose noise counts."""
+    flux, _, moved = compare(run, write, *across_gaps(name, width, 100 * sky_pixels, 8))
+    assert flux.mean() == pytest.approx(1, abs=0.02)
+    assert np.sqrt((moved**2).mean()) < 0.2
 
 
 def test_only_objects_on_a_gap_are_flagged(run, write):
@@ -226,3 +318,14 @@ def test_bridged_pixels_are_under_the_veil_and_in_the_subtracted_image(run, writ
     path = tmp_path / "subtracted.fits"
     run(write(image), "--subtracted", path)
     assert np.isfinite(fits.getdata(path)).all()
+
+
+def test_nothing_beyond_the_edge_is_taken_for_data():
+    """A star on a gap beside the first column is right from the pixels that there are."""
+    x, y = np.arange(30.0), np.arange(40.0)[:, None]
+    star = 1e4 * np.exp(-4 * np.log(2) * ((x - 2) ** 2 + (y - 20) ** 2) / 16).astype(np.float32)
+    mask = np.zeros(star.shape, bool)
+    mask[:, 1:3] = True
+    image = np.where(mask, np.nan, star)
+    assert not bridge(image, 1.0, mask, 1.0, 3).any()
+    np.testing.assert_allclose(image[mask].sum(), star[mask].sum(), rtol=0.02)
