@@ -934,18 +934,12 @@ def build_field(pixels, mask, noise, method, saturation=math.nan):
 
     Parameters
     ----------
-    pixels : ndarray, shape (ny, nx)
-        The caller gives them up: they become the residual, in place.
-    mask : ndarray of bool, shape (ny, nx)
-    noise : ndarray, shape (ny, nx), or None
-        Noise image for the method's `err_option` "file".
+    pixels, mask, noise : ndarray, shape (ny, nx)
+        The caller gives up the pixels: they become the residual, in place. A noise image is for the
+        method's `err_option` "file", else None.
     method : Method
     saturation : float
         Level of saturated pixels, in image values; nan if there is none.
-
-    Returns
-    -------
-    Field
 
     Raises
     ------
@@ -1384,19 +1378,10 @@ class Shapes(NamedTuple):
 def measure(field, measure_field, found, settings):
     """Measure background, sizes, Kron and aperture fluxes, and windowed centroids.
 
-    Neighbours and masked pixels are left out of every sum; meanwhile the map labels masked pixels.
-
-    Parameters
-    ----------
-    field, measure_field : Field
-        Where the objects were found, which gives the Kron ellipses, and where to measure in them.
-    found : Detections
-    settings : PhotometrySettings
-
-    Returns
-    -------
-    DataFrame
-        A row an object, in pixels and image values; nan where there is nothing to measure.
+    The objects `found` in `field` have their Kron ellipses there, and are measured in the other
+    one. The result, a `DataFrame`, has a row an object, in pixels and image values, nan where there
+    is nothing to measure. Neighbours and masked pixels are left out of every sum; meanwhile the map
+    labels masked pixels.
     """
     objects, labels = found
     shapes, sane = sane_shapes(objects)
@@ -2085,14 +2070,14 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=Fa
         if not -math.inf < value < math.inf:
             wanted = "a whole number" if kind is int else "a finite number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
-        if value > maximum:
-            raise argparse.ArgumentTypeError(f"{text} is more than {maximum}")
-        if value <= above:
-            raise argparse.ArgumentTypeError(f"{text} is no more than {above}")
-        if odd and value % 2 == 0:
-            raise argparse.ArgumentTypeError(f"{text} is even; take an odd number")
+        for is_wrong, what in (
+            (value < minimum, f"less than {minimum}"),
+            (value > maximum, f"more than {maximum}"),
+            (value <= above, f"no more than {above}"),
+            (odd and value % 2 == 0, "even; take an odd number"),
+        ):
+            if is_wrong:
+                raise argparse.ArgumentTypeError(f"{text} is {what}")
         return value
 
     return convert
@@ -2305,28 +2290,21 @@ def run(args):
         with about(origin.name):
             mask = build_mask(pixels, mask, noise, args.mask_box)
             report_image(origin, pixels, mask)
-            level, values = saturation_level(args, origin), sample(pixels, mask)
+            level, values = report_header(args, origin), sample(pixels, mask)
             field = measure_field = build_field(pixels, mask, noise, method, level)
             report_field(field, values)
             found = find_sources(field)
             report_detections(field, found)
         if measure_pixels is not None:
             with about(measure_origin.name):
-                report_beam(measure_origin)
-                level = saturation_level(args, measure_origin)
+                level = report_header(args, measure_origin)
                 measure_field = build_measure_field(measure_pixels, mask, method, level)
         flag_fields(found, field, measure_field)
         measurements = measure(field, measure_field, found, photometry)
         catalog = build_catalog(found.objects, measurements, origin.wcs, photometry)
-        result = Result(
-            origin=origin,
-            field=field,
-            segmentation=found.segmentation,
-            catalog=catalog,
-            columns=catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit),
-            settings=describe_settings(args, origin),
-            image_format=args.image_format,
-        )
+        columns = catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit)
+        history, form = describe_settings(args, origin), args.image_format
+        result = Result(origin, field, found.segmentation, catalog, columns, history, form)
         write_products(paths, targets, result)
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
@@ -2377,14 +2355,7 @@ def report_image(origin, pixels, mask):
     bad = np.count_nonzero(~np.isfinite(pixels[mask]))
     log.info("image         %s: %d x %d %s", origin.name, columns, rows, origin.dtype)
     log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
-    report_beam(origin)
     warn_of_padding(origin, pixels, mask)
-
-
-def report_beam(origin):
-    """Tell by what to divide sums of pixels that are per beam."""
-    if origin.beam:
-        log.info("beam          %.6g pixels, by which to divide fluxes", origin.beam)
 
 
 def warn_of_padding(origin, pixels, mask):
@@ -2400,8 +2371,10 @@ def warn_of_padding(origin, pixels, mask):
         log.warning(text, 100 * same.mean(), stored, stored)
 
 
-def saturation_level(args, origin):
-    """Return the level of saturated pixels, or nan, and tell where it comes from."""
+def report_header(args, origin):
+    """Tell a beam's area and the level of saturated pixels; return the latter, nan if unknown."""
+    if origin.beam:
+        log.info("beam          %.6g pixels, by which to divide fluxes", origin.beam)
     level, source = args.saturation, "--saturation"
     if level is None:
         level, source = origin.saturation, "SATURATE"
