@@ -254,12 +254,7 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     -------
     origin : Origin
     pixels : ndarray, shape (ny, nx)
-        As stored.
-
-    Raises
-    ------
-    InputError
-        If the file can't be read, or holds no such HDU or plane.
+        As stored. InputError is raised if there are none.
     """
     try:
         with open(path, "rb") as file:
@@ -549,14 +544,10 @@ def to_float(data):
 
 @timed("read image")
 def read_image(path, hdu=None, plane=None, blank=()):
-    """Read the plane to work on; parameters and errors else as in `read_plane`.
+    """Read the plane to work on: parameters, returns and errors else as in `read_plane`.
 
-    Returns
-    -------
-    origin : Origin
-    pixels : ndarray, shape (ny, nx)
-        Native, contiguous, and new: float64 where the file has float64 or integers of more than 16
-        bits, else float32. Not finite where the file has no value, or one of `blank`.
+    The pixels are native, contiguous, and new: float64 where the file has float64 or integers of
+    more than 16 bits, else float32; not finite where it has no value, or one of `blank`.
     """
     origin, stored = read_plane(path, hdu, plane)
     if origin.product:
@@ -699,9 +690,7 @@ def read_kernel(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(
-            f"{path}: not a kernel; it takes rows of numbers of equal length"
-        ) from error
+        raise InputError(f"{path}: not rows of numbers of equal length, as a kernel is") from error
     if not kernel.any() or not np.isfinite(kernel).all():
         raise InputError(f"{path}: a kernel needs finite values that are not all zero")
     rows, columns = kernel.shape
@@ -941,10 +930,7 @@ def build_field(pixels, mask, noise, method, saturation=math.nan):
     saturation : float
         Level of saturated pixels, in image values; nan if there is none.
 
-    Raises
-    ------
-    InputError
-        If too little of the image is unmasked.
+    Raises InputError if too little of the image is unmasked.
     """
     saturated = np.nonzero(pixels >= saturation)
     frame = Frame.of(pixels, mask)
@@ -1001,9 +987,7 @@ def settle_noise(mask, noise, background, method):
     noise = background.rms() if noise is None else noise.copy()
     mask = mask | ~usable(noise)
     if mask.all():
-        raise InputError(
-            "no pixel has a noise that can be used beside its value; is it in the image's unit?"
-        )
+        raise InputError("no noise can be used beside its pixel; is it in the image's unit?")
     noise[mask] = NO_WEIGHT
     return mask, noise
 
@@ -1017,8 +1001,8 @@ def estimate_background(pixels, mask, settings):
     """
     # SEP allocates whole boxes, also those larger than the image.
     settings = settings.cut_to(pixels.shape)
-    if mask.any() and not has_usable_box(mask, settings):
-        return None
+    if mask.any() and (box_sums(~mask, settings) < box_sums(mask, settings)).all():
+        return None  # it takes no box of which less than half is unmasked
     keywords = {"mask": mask if mask.any() else None, **asdict(settings)}  # None is faster
     background = sep.Background(pixels, **keywords)
     rms, quantum = global_rms(background), quantum_of(sample(pixels, mask))
@@ -1041,11 +1025,6 @@ def quantum_of(values):
     steps = np.diff(np.unique(np.clip(values, *ends)))
     quantum = float(steps.min(initial=np.inf))
     return quantum if steps.size and (np.abs(steps / quantum % 1 - 0.5) > 0.4).all() else 0.0
-
-
-def has_usable_box(mask, settings):
-    """Tell if half of the pixels of any box are not masked; SEP takes no box with fewer."""
-    return (box_sums(~mask, settings) >= box_sums(mask, settings)).any()
 
 
 def box_sums(where, mesh):
@@ -2289,8 +2268,8 @@ def run(args):
     with staged(targets) as paths:  # first, so that a place that can't be written fails at once
         with about(origin.name):
             mask = build_mask(pixels, mask, noise, args.mask_box)
-            report_image(origin, pixels, mask)
-            level, values = report_header(args, origin), sample(pixels, mask)
+            values = report_image(origin, pixels, mask)
+            level = report_header(args, origin)
             field = measure_field = build_field(pixels, mask, noise, method, level)
             report_field(field, values)
             found = find_sources(field)
@@ -2350,16 +2329,20 @@ def describe_settings(args, origin):
 
 
 def report_image(origin, pixels, mask):
-    """Tell what was read, and how much of it is masked."""
+    """Tell what was read, and how much of it is masked; return a sample of it, without padding."""
     rows, columns = pixels.shape
     bad = np.count_nonzero(~np.isfinite(pixels[mask]))
     log.info("image         %s: %d x %d %s", origin.name, columns, rows, origin.dtype)
     log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
-    warn_of_padding(origin, pixels, mask)
+    values = sample(pixels, mask)
+    return values[values != padding_of(origin, pixels, mask)]
 
 
-def warn_of_padding(origin, pixels, mask):
-    """Warn of whole blocks of a value common at the border, unless many others hold some of it."""
+def padding_of(origin, pixels, mask):
+    """Tell of whole blocks of a value common at the border, unless many others hold some of it.
+
+    Return that value, or nan.
+    """
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     values, counts = np.unique(border, return_counts=True)
     value = values[counts.argmax()]
@@ -2369,6 +2352,8 @@ def warn_of_padding(origin, pixels, mask):
         text = "%.0f %% of the image is exactly %s: if it is padding, name it (--blank %s)"
         stored = value if origin.black is None else origin.black - value
         log.warning(text, 100 * same.mean(), stored, stored)
+        return value
+    return math.nan
 
 
 def report_header(args, origin):
@@ -2473,8 +2458,7 @@ def warn_of_boxes(field, found):
     widest = max(settings.bw, settings.bh)
     if not full.any() or widest == max(field.mask.shape):
         return
-    objects = found.objects
-    width, height = (objects[f"{axis}max"] - objects[f"{axis}min"] + 1 for axis in "xy")
+    width, height = (found.objects[f"{n}max"] - found.objects[f"{n}min"] + 1 for n in "xy")
     size = 2 * max(widest, math.ceil(np.sqrt(width * height).max()))
     log.warning(
         "sources fill more than half of %d of the %d background boxes, which take their light for "
