@@ -346,7 +346,7 @@ def open_fits(path, hdu):
             hdu=number,
             wcs=wcs,
             unit=str(unit) if unit else None,
-            beam=beam_area(header, wcs) if "beam" in str(unit).lower() else None,
+            beam=beam_area(header, wcs) if re.search(r"(?i)\bbeam\b", str(unit)) else None,
             product=product_told(str(header.get("HISTORY", ""))),
             saturation=saturation if 0 < saturation < LARGEST else math.nan,
         )
@@ -748,6 +748,7 @@ def bridge(image, noise, excluded, rms, widest):
     """
     if not widest or not excluded.any():
         return excluded
+    # Where full squares of masked pixels begin, and what lies in or beside any of them.
     padded = np.pad(excluded, widest + 1)
     squares = sliding_window_view(padded, np.add(excluded.shape, widest + 2)).all(axis=(0, 1))
     wide = sliding_window_view(squares, excluded.shape).any(axis=(0, 1))
@@ -797,7 +798,8 @@ def interpolate(values, good, step, rms):
         model = np.linalg.solve(matrix, vector[:, :, None])[:, :, 0] @ powers.T
         model = np.clip(model, -5, most)
     sharpest = np.exp(4 * math.log(2) / SHARPEST**2 * step * (step[-3] - step))
-    filled[bright] = np.minimum(unit * np.exp(model), filled[bright] * sharpest)
+    most = filled[bright] * np.where(filled[bright] > 0, sharpest, 1)
+    filled[bright] = np.minimum(unit * np.exp(model), most)
     return filled
 
 
@@ -1005,17 +1007,18 @@ def estimate_background(pixels, mask, settings):
         return None  # it takes no box of which less than half is unmasked
     keywords = {"mask": mask if mask.any() else None, **asdict(settings)}  # None is faster
     background = sep.Background(pixels, **keywords)
-    rms, quantum = global_rms(background), quantum_of(sample(pixels, mask))
-    if not 0 < rms < COARSE * quantum:
+    values = sample(pixels, mask)
+    quantum = quantum_of(values)
+    if not 0 < global_rms(background) < COARSE * quantum:
         return background
     spread = np.random.default_rng(0).random(pixels.shape, pixels.dtype)
     spread -= 0.5
     spread *= quantum
     spread += pixels
-    # SEP's level is the mode: of photons, whose variance is their mean, 5/12 of one below the mean.
-    middle = np.median(sample(spread, mask))
-    if abs(rms**2 / quantum - middle) < middle / 2:
-        spread += 5 / 12 * quantum
+    # SEP's level is the mode: of photons, whose variance is their mean, up to 5/12 of one below it.
+    faint = np.minimum(values, np.percentile(values, 95)) / quantum
+    if abs(faint.var() - faint.mean()) < faint.mean() / 2:
+        spread += quantum * min(faint.mean(), 5 / 12)
     return sep.Background(spread, **keywords)
 
 
@@ -1065,8 +1068,7 @@ def noise_raised_by_mask(field):
         return 1.0
     bad = field.mask.copy()
     bad[field.mask] = worthless
-    pixels = field.background.back()
-    pixels += field.residual
+    pixels = field.background.back() + field.residual
     whole = global_rms(estimate_background(pixels, bad, field.method.background))
     return global_rms(field.background) / whole if whole else 1.0
 
@@ -1089,7 +1091,7 @@ MAX_SUB_OBJECTS = 32767
 # What `flag` says beside SEP's own bits; the first is SExtractor's.
 SATURATED = 4
 BRIDGED = 256
-CUT = 512  # the mask took pixels of it
+CUT = 512  # beside masked pixels
 CLEAN_ZONE = 10.0  # SExtractor's: how far cleaning looks, in units of the sum of both a
 PORTION = 2**18  # pairs of objects to work on at a time
 
@@ -1136,12 +1138,15 @@ def find_sources(field):
     return Detections(objects, labels)
 
 
-def flag_fields(found, *fields):
-    """Flag the objects, in place, with saturated or bridged pixels in any of the fields."""
-    for field in fields:
-        for where, bit in ((field.saturated, SATURATED), (field.excluded > field.mask, BRIDGED)):
-            labels = np.unique(found.segmentation[where])
-            found.objects["flag"][labels[labels > 0] - 1] |= bit
+def flag_fields(found, field, measure_field):
+    """Flag the objects, in place: beside masked pixels, and saturated or bridged in any field."""
+    beside = sliding_window_view(np.pad(field.mask, 1), field.mask.shape).any(axis=(0, 1))
+    places = [(beside, CUT)]
+    for each in (field, measure_field):
+        places += [(each.saturated, SATURATED), (each.excluded > each.mask, BRIDGED)]
+    for where, bit in places:
+        labels = np.unique(found.segmentation[where])
+        found.objects["flag"][labels[labels > 0] - 1] |= bit
 
 
 @contextmanager
@@ -1176,7 +1181,8 @@ def grow_limits(error, pixels):
 def settle_objects(field, objects, labels):
     """Take masked pixels from SEP's objects, clean up, and number anew what is left.
 
-    An object that loses pixels keeps position and shape, as its filter has bridged the gap.
+    An object that loses pixels keeps SEP's position and shape: those of the filtered light, as far
+    as the filter reaches into the mask.
     """
     where = np.flatnonzero(labels)
     where = where[np.argsort(labels.take(where), kind="stable")]
@@ -1184,30 +1190,30 @@ def settle_objects(field, objects, labels):
     owner = pixels["owner"] = labels.take(where) - 1
     good = ~field.mask.take(where)
     left = np.bincount(owner[good], minlength=len(objects))
-    if field.depth():
+    if depth := field.depth():
         noise = np.bincount(owner[good], field.noise.take(where[good]), len(objects))
-        thresh = field.method.extraction.thresh / field.depth() * noise / np.maximum(left, 1)
+        thresh = field.method.extraction.thresh / depth * noise / np.maximum(left, 1)
         bright = owner[pixels["light"] > thresh[owner]]
         objects["thresh"], objects["tnpix"] = thresh, np.bincount(bright, minlength=len(objects))
     kept = left > 0
     if field.method.extraction.clean:
         kept &= survive_cleaning(objects, pixels, field.method.extraction)
     cut = kept & (left < objects["npix"])
-    recount(objects, cut, pixels[good & cut[owner]].groupby("owner"))
+    recount(objects, cut, pixels[good & cut[owner]])
     labels.put(where, np.where(good & kept[owner], np.cumsum(kept)[owner], 0))
     return Detections(objects[kept], labels)
 
 
 def recount(objects, cut, pixels):
     """Describe the objects that are `cut` anew, in place, by the pixels left to each of them."""
-    objects["flag"][cut] |= CUT
-    objects["npix"][cut] = pixels.size()
+    owned = pixels.groupby("owner")
+    objects["npix"][cut] = owned.size()
     for axis in "xy":
-        objects[f"{axis}min"][cut] = pixels[axis].min()
-        objects[f"{axis}max"][cut] = pixels[axis].max()
+        objects[f"{axis}min"][cut] = owned[axis].min()
+        objects[f"{axis}max"][cut] = owned[axis].max()
     for kind, values in (("", "light"), ("c", "filtered")):
-        top = pixels.obj.loc[pixels[values].idxmax()]
-        objects[f"{kind}flux"][cut], objects[f"{kind}peak"][cut] = pixels[values].sum(), top[values]
+        top = pixels.loc[owned[values].idxmax()]
+        objects[f"{kind}flux"][cut], objects[f"{kind}peak"][cut] = owned[values].sum(), top[values]
         objects[f"x{kind}peak"][cut], objects[f"y{kind}peak"][cut] = top["x"], top["y"]
 
 
@@ -1222,24 +1228,28 @@ def filter_pixels(field, where):
         above the threshold. A matched filter weighs pixels by their noise: its margin is what it
         would be if the noise nearby were even.
     """
-    thresh, kernel = field.method.extraction.thresh, field.method.kernel
+    kernel, weighs = field.method.kernel, field.depth() is not None
     kernel = np.ones((1, 1)) if kernel is None else kernel / np.abs(kernel).sum()
-    shape, y, x = field.mask.shape, *np.divmod(where, field.mask.shape[1])
+    rim = [(length // 2, length // 2) for length in kernel.shape]
+    image = np.pad(field.residual, rim)
+    noise = np.pad(field.noise, rim, constant_values=np.inf) if weighs else None
+    y, x = np.divmod(where, field.mask.shape[1])
+    corner = y * image.shape[1] + x
     filtered, weighted, weight = np.zeros((3, where.size), np.float32)
     for (row, column), part in np.ndenumerate(kernel):
-        at = np.array([y + row - kernel.shape[0] // 2, x + column - kernel.shape[1] // 2])
-        inside = ((at >= 0) & (at < np.reshape(shape, (2, 1)))).all(axis=0)
-        at = tuple(at * inside)
-        light = part * inside * field.residual[at]
+        at = corner + row * image.shape[1] + column
+        light = part * image.take(at)
         filtered += light
-        if field.depth():
-            precision = inside * field.noise[at].astype(np.float64) ** -2
+        if weighs:
+            precision = noise.take(at).astype(np.float64) ** -2
             weighted += light * precision
             weight += part**2 * precision
-    noise = 1 if field.method.err_option == "none" else field.noise
-    margin = filtered - thresh * np.broadcast_to(noise, shape)[y, x]
-    if field.depth():
+    thresh = field.method.extraction.thresh
+    if weighs:
         margin = (weighted / np.sqrt(weight) - thresh) * np.square(kernel).sum() / np.sqrt(weight)
+    else:
+        unit = 1 if field.method.err_option == "none" else field.noise
+        margin = filtered - thresh * np.broadcast_to(unit, field.mask.shape)[y, x]
     columns = {"x": x, "y": y, "light": field.residual[y, x]}
     return pd.DataFrame(columns | {"filtered": filtered, "margin": margin})
 
@@ -1252,9 +1262,8 @@ def survive_cleaning(objects, pixels, settings):
     at which it is more than the neighbour's margin over the threshold. What has been eaten when its
     turn comes eats no other.
     """
-    x, y, a, b, cxx, cyy, cxy, flux, thresh = (
-        objects[name] for name in ("x", "y", "a", "b", "cxx", "cyy", "cxy", "cflux", "thresh")
-    )
+    names = "x", "y", "a", "b", "cxx", "cyy", "cxy", "cflux", "thresh"
+    x, y, a, b, cxx, cyy, cxy, flux, thresh = (objects[name] for name in names)
     owner, beta, half = pixels["owner"], settings.clean_param, (thresh + objects["peak"]) / 2
     core = np.bincount(owner[pixels["light"] > half[owner]], minlength=len(objects))
     area = np.pi * a * b
@@ -1290,7 +1299,7 @@ def margins_to_eat(npix, pixels, minarea):
     rows = np.flatnonzero(np.diff(owner, prepend=-1) | np.diff(y, prepend=-1))
     before = np.where(np.diff(owner[rows], prepend=-1), 0, np.roll(x[rows], 1))
     ahead = x < np.repeat(before, np.diff(rows, append=len(x)))
-    found = margin[np.lexsort((-(y + 1) * ahead, owner))]
+    found = margin[np.lexsort((-(y + 1) * ahead, owner))]  # what is ahead, the last row first
     first = np.cumsum(npix) - npix
     ranked = np.where(np.arange(len(x)) == (first + minarea)[owner], -np.inf, found)
     ranked = ranked[np.lexsort((-ranked, owner))]
@@ -1552,14 +1561,11 @@ def at_objects(values, objects):
 
 
 class Column(NamedTuple):
-    """A column of the catalogue: the unit may be of the "image" or "measure" one, or of its "sum".
-
-    The UCD says what it is in the words of the IVOA.
-    """
+    """A column of the catalogue."""
 
     name: str
-    unit: str | None
-    ucd: str
+    unit: str | None  # may be that of the "image" or the "measure" one, or of its "sum"
+    ucd: str  # what it is in the words of the IVOA
     description: str
 
 
@@ -1639,10 +1645,10 @@ def unit_of_sums(text):
     try:
         with warnings.catch_warnings(action="ignore"):
             # As AIPS and CASA spell them.
-            unit = u.Unit(text.replace("JY/BEAM", "Jy/beam").replace("/beam.", " beam-1 "))
+            unit = u.Unit(re.sub("(?i)jy/beam", "Jy/beam", text).replace("/beam.", " beam-1 "))
         parts = unit.decompose()
         powers = dict(zip(parts.bases, parts.powers, strict=True))
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return text
     if powers.get(u.rad) != -2 and powers.get(u.beam) != -1 and powers.get(u.pix) != -1:
         return text
@@ -1862,7 +1868,7 @@ VEIL = LinearSegmentedColormap.from_list("veil", [(0.1, 0.3, 1, 0), (0.1, 0.3, 1
 def show_sources(axes, result):
     """Show the background-subtracted image in grey, with a red ellipse of 6a x 6b a source.
 
-    Masked pixels are under a blue veil, and so are bridged ones, which were not measured.
+    Masked pixels are under a blue veil, and so are bridged ones, whose values are interpolated.
     """
     field, catalog = result.field, result.catalog
     picture, masked = shrink(field.residual, block_means), shrink(field.excluded, block_means)
@@ -2330,19 +2336,15 @@ def describe_settings(args, origin):
 
 def report_image(origin, pixels, mask):
     """Tell what was read, and how much of it is masked; return a sample of it, without padding."""
-    rows, columns = pixels.shape
     bad = np.count_nonzero(~np.isfinite(pixels[mask]))
-    log.info("image         %s: %d x %d %s", origin.name, columns, rows, origin.dtype)
-    log.info("masked        %.2f %% (%d pixels are not finite)", 100 * mask.mean(), bad)
+    log.info("image         %s: %d x %d %s", origin.name, *pixels.shape[::-1], origin.dtype)
+    log.info("masked        %.2f %% (%d pixels have no finite value)", 100 * mask.mean(), bad)
     values = sample(pixels, mask)
     return values[values != padding_of(origin, pixels, mask)]
 
 
 def padding_of(origin, pixels, mask):
-    """Tell of whole blocks of a value common at the border, unless many others hold some of it.
-
-    Return that value, or nan.
-    """
+    """Warn of whole blocks of the border's commonest value, if few others hold any; return it."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     values, counts = np.unique(border, return_counts=True)
     value = values[counts.argmax()]
@@ -2386,13 +2388,12 @@ def report_field(field, values):
         log.info("threshold     %.6g (%.4g x noise, median)", deep * typical, deep)
         if depth != 1:
             log.warning(
-                "with a noise image the matched filter goes %.2f times deeper: a threshold of %g is"
-                " as %.3g on the global RMS, and %.3g as %g there; convolution (--filter-type conv)"
-                " goes no deeper",
+                "with noise for each pixel the matched filter goes %.2f times deeper: %g is as %.3g"
+                " on the global RMS, and %.3g as %g there; --filter-type conv goes no deeper",
                 *(depth, thresh, deep, thresh * depth, thresh),
             )
     if method.measures_noise():
-        warn_of_counts(field, values)
+        warn_of_counts(field, values, level)
     raised = noise_raised_by_mask(field) if method.measures_noise() else 1.0
     if raised >= MUCH_NOISIER:
         log.warning(
@@ -2409,23 +2410,24 @@ COUNT_FWHM = 4.0
 COUNT_ODDS = 14.0
 
 
-def warn_of_counts(field, values):
+def warn_of_counts(field, values, background):
     """Tell if most pixels have one value, and how to find sources among photons all the same."""
     levels, numbers = np.unique(values, return_counts=True)
-    share, level = numbers.max() / len(values), levels[numbers.argmax()]
-    if share <= MUCH_ALIKE or field.is_noiseless():
+    if len(levels) < 2 or numbers.max() <= MUCH_ALIKE * len(values):
         return
+    share, level = numbers.max() / len(values), levels[numbers.argmax()]
     # Bernstein's bound of Poisson's counts under the filter, of which as many are none.
     rate, area = -math.log(share), math.pi / math.log(4) * COUNT_FWHM**2
     excess = math.sqrt(2 * rate * area * COUNT_ODDS) + COUNT_ODDS / 3
-    background = field.frame.levels(np.array(field.background.globalback, dtype=np.float64))
     thresh = level + np.diff(levels).min() * (rate + excess / area) - background
-    log.warning(
-        "%.0f %% of the pixels have the value %g, so their noise is no unit for a threshold: mask "
+    text = (
+        f"{100 * share:.0f} % of the pixels have the value {level:g}: noise is no unit there; mask "
         "them if they hold no data; else take an absolute threshold (--err-option none --thresh "
-        "%.3g) and smooth more (--filter-case gaussian --filter-fwhm %g)",
-        *(100 * share, level, thresh, COUNT_FWHM),
+        f"{thresh:.3g}) and smooth more (--filter-case gaussian --filter-fwhm {COUNT_FWHM:g})"
     )
+    if field.is_noiseless():
+        raise InputError(text)
+    log.warning(text)
 
 
 def report_detections(field, found):
@@ -2436,9 +2438,10 @@ def report_detections(field, found):
     if field.is_noiseless():
         log.warning("the image is constant: no sources")
     elif not len(found.objects):
-        seen = replace(field, mask=too_large(field.residual), noise=typical_noise(field))
-        masked = field.mask[find_sources(seen).segmentation > 0]
-        part = 100 * masked.sum() / max(masked.size, 1)
+        unit = 1 if field.method.err_option == "none" else typical_noise(field)
+        above = field.residual > np.float64(field.method.extraction.thresh * unit)
+        above &= ~too_large(field.residual)
+        part = 100 * (above & field.mask).sum() / max(above.sum(), 1)
         advice = f"; the mask hides {part:.0f} % of the pixels above the threshold: mask less"
         text = "no sources found: the catalogue and the segmentation map are empty%s"
         log.warning(text, advice if part > 50 else "")
@@ -2459,10 +2462,10 @@ def warn_of_boxes(field, found):
     if not full.any() or widest == max(field.mask.shape):
         return
     width, height = (found.objects[f"{n}max"] - found.objects[f"{n}min"] + 1 for n in "xy")
-    size = 2 * max(widest, math.ceil(np.sqrt(width * height).max()))
+    size = min(2 * max(widest, math.ceil(np.sqrt(width * height).max())), max(field.mask.shape))
     log.warning(
         "sources fill more than half of %d of the %d background boxes, which take their light for "
-        "background: try boxes of %d pixels (--bw %d --bh %d)",
+        "background: try boxes of %d pixels (--bw %d --bh %d), or else --background-passes 2",
         *(full.sum(), full.size, size, size, size),
     )
 
@@ -2502,8 +2505,7 @@ def main(argv=None):
     """Run the tool on command line arguments; return its exit code (0, or 1 for unusable data)."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    problem = check_usage(args)
-    if problem:
+    if problem := check_usage(args):
         parser.error(problem)
     start_logging(args)
     try:

@@ -140,7 +140,15 @@ def clean_plainly(objects, labels, light, margin, minarea=5, beta=1.0, ranked=ra
 
 
 def without_masked(objects, labels, light, mask, kernel):
-    """Take masked pixels out of SEP's objects; describe those that lose some by the others."""
+    """Take masked pixels out of SEP's objects; describe those that lose some by the others.
+
+    Those beside masked pixels are flagged.
+    """
+    beside = sum(
+        np.pad(mask, 1)[y : y + mask.shape[0], x : x + mask.shape[1]]
+        for y in range(3)
+        for x in range(3)
+    )
     images = {"": light, "c": light}
     if kernel is not None:
         images["c"] = correlate(light, kernel / np.abs(kernel.astype(np.float64)).sum())
@@ -148,9 +156,10 @@ def without_masked(objects, labels, light, mask, kernel):
     left = np.isin(np.arange(len(objects)) + 1, labels)
     for i in np.flatnonzero(left):
         y, x = np.nonzero(labels == i + 1)
-        if len(y) < objects["npix"][i]:
-            one = objects[i]
-            one["npix"], one["flag"] = len(y), one["flag"] | CUT
+        one = objects[i]
+        one["flag"] |= CUT * beside[y, x].any()
+        if len(y) < one["npix"]:
+            one["npix"] = len(y)
             one["xmin"], one["xmax"], one["ymin"], one["ymax"] = x.min(), x.max(), y.min(), y.max()
             for kind, image in images.items():
                 top = np.argmax(image[y, x])

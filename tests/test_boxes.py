@@ -12,7 +12,7 @@ from sky import galaxies, simulate
 SHAPE = (1000, 1000)
 TOLD = re.compile(
     one_line(
-        "warning", r"sources fill more than half of (\d+) of the \d+ .*\((--bw \d+ --bh \d+)\)"
+        "warning", r"sources fill more than half of (\d+) of the \d+ .*\((--bw \d+ --bh \d+)\).*"
     )
 )
 

@@ -137,3 +137,19 @@ def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
     assert "have the value" not in result.err
     masked = run(write(image, "masked.fits"), "--mask-box", 0, 229, 0, 511)
     assert "have the value" not in masked.err
+
+
+@pytest.mark.parametrize("side", [64, 512])
+def test_an_image_of_two_values_ends_in_good_order(run, write, side):
+    y, x = np.indices((side, side))
+    disc = np.hypot(y - side / 2, x - side / 2) < side / 3
+    for name, image in (("disc.fits", disc), ("half.fits", y < side / 2)):
+        result = run(write(image.astype(np.uint8), name), "--bw", side // 2, "--bh", side // 2)
+        assert result.code == 0 or re.search(one_line("error", ".*no noise.*"), result.err)
+
+
+def test_a_mask_that_leaves_only_padding_is_no_reason_to_fail(run, write):
+    image = np.random.default_rng(1).normal(100, 5, SHAPE).astype(np.float32)
+    image[:, :230] = 0
+    mask = write((image != 0).astype(np.uint8), "mask.fits")
+    assert run(write(image), "--mask", mask).code == 0

@@ -467,7 +467,7 @@ def test_pixels_that_are_not_finite_are_masked_and_counted(run, put, stars, form
     result = run(put(form(stars)))
     assert result.code == 0
     assert result.err == ""
-    assert re.search(r"\b22 pixels are not finite", result.out)
+    assert re.search(r"\b22 pixels have no finite value", result.out)
     assert len(result.catalog) == 6
     assert np.isfinite(result.image("background")).all()
     assert not result.image("segmentation")[~np.isfinite(stars)].any()
@@ -477,7 +477,7 @@ def test_blank_pixels_of_unsigned_integers_are_masked_and_counted(run, put, star
     stored = np.round(stars).astype(np.int16)
     stored[10:14, 100:105] = -32768
     result = run(put(fits_bytes(stored, BZERO=32768, BLANK=-32768)))
-    assert "20 pixels are not finite" in result.out
+    assert "20 pixels have no finite value" in result.out
     assert len(result.catalog) == 6
 
 
