@@ -2421,7 +2421,7 @@ def warn_of_counts(field, values, background):
     excess = math.sqrt(2 * rate * area * COUNT_ODDS) + COUNT_ODDS / 3
     thresh = level + np.diff(levels).min() * (rate + excess / area) - background
     text = (
-        f"{100 * share:.0f} % of the pixels have the value {level:g}: noise is no unit there; mask "
+        f"{100 * share:.0f} % of the pixels have the value {level:g}, so noise is no unit: mask "
         "them if they hold no data; else take an absolute threshold (--err-option none --thresh "
         f"{thresh:.3g}) and smooth more (--filter-case gaussian --filter-fwhm {COUNT_FWHM:g})"
     )

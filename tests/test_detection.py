@@ -553,7 +553,7 @@ def assert_sound(result):
     assert result.code in (0, 1)
     assert "Traceback" not in result.err
     if result.code == 1:
-        assert re.search("every pixel is masked|no background box|no noise", result.err)
+        assert re.search("every pixel is masked|no background box|no noise|no unit", result.err)
         return
     catalog, labels = result.catalog, result.image("segmentation")
     counts = np.bincount(labels.ravel(), minlength=len(catalog) + 1)
