@@ -6,7 +6,7 @@ Makes images for each case (only those with one of the words in their names), ru
 where it is installed, SExtractor on them, and prints a Markdown table. `--script` is the version
 of the tool to run; one given as `--before` has a column of its own. An option that a version
 doesn't know is left out. Exits with 1 if a value of the tool is beyond its limit; such cells end
-with an exclamation mark. Takes half a minute a version, on an idle machine.
+with an exclamation mark. Takes half a minute a version.
 
 Values for several distances, widths or rates stand in one cell, divided by strokes, and a dash
 where there is none. A source and a detection are the same if they are each other's nearest, within
