@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Extract sources from an astronomical or microscopy image with SEP.
 
-The file reads in the order of the work; `run`, near its end, is the table of contents. Its
-sections:
+The file reads in the order of the work, as `run`, near its end, tells it. Its sections:
 
     Settings                 what can be chosen, under SEP's own names
     Reading                  a FITS or TIFF file in; its origin, and one plane of pixels out
@@ -334,8 +333,8 @@ def open_fits(path, hdu):
             else:  # row by row: astropy would read it a pixel at a time
                 before, after = index[:first], tuple(index[first + 1 :])
                 data = np.stack([chosen.section[(*before, y)][after] for y in range(shape[first])])
-            if data.dtype == np.uint64 and "BLANK" in header:
-                data = np.where(data == header["BLANK"] + 2**63, np.nan, data)
+            if data.dtype == np.uint64 and not math.isnan(blank := number_of(header, "BLANK")):
+                data = np.where(data == blank + 2**63, np.nan, data)
             return data
 
         wcs = celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]])
@@ -444,6 +443,7 @@ def celestial_wcs(path, hdus, header, axes):
         for key in filter(needed.match, header):
             if math.isnan(number_of(header, key)):  # wcslib takes it for absent
                 raise ValueError(f"{key} can't be read")
+        wcs.to_fits(relax=True)[0].verify("exception")  # or else it could not be written
         # astropy mends a matrix of zeros, as uncalibrated frames have it, to a degree a pixel.
         blank = [header.get(f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
         if blank or not np.linalg.cond(wcs.pixel_scale_matrix) < 1e8:
@@ -485,7 +485,7 @@ def open_tiff(path, hdu):
         images = [image for image in tiff.series if not image.keyframe.is_reduced] or tiff.series
         last, number = len(images) - 1, hdu or "0"
         if not (number.isdecimal() and int(number) <= last):
-            text = f"no such extension (HDU): {hdu}; this TIFF file has images 0 to {last}"
+            text = f"no such extension (HDU): {number}; this TIFF file has images 0 to {last}"
             raise InputError(f"{path}: {text}")
         if hdu is None and last > 0:
             text = "%s: read the first of its %d images; choose another, 0 to %d, with --hdu"
@@ -559,8 +559,8 @@ def read_image(path, hdu=None, plane=None, blank=()):
     if origin.black is not None:
         log.warning("%s: 0 is white in this TIFF: inverted, so that more is brighter", origin.name)
     pixels = to_float(stored)
-    if blank:
-        pixels[np.isin(pixels, np.array(blank, pixels.dtype))] = np.nan
+    for value in np.array(blank, pixels.dtype):  # to which scaled integers may be rounded otherwise
+        pixels[np.abs(pixels - value) <= np.spacing(np.abs(value))] = np.nan
     return origin, pixels if origin.black is None else origin.black - pixels
 
 
@@ -1094,6 +1094,7 @@ BRIDGED = 256
 CUT = 512  # beside masked pixels
 CLEAN_ZONE = 10.0  # SExtractor's: how far cleaning looks, in units of the sum of both a
 PORTION = 2**18  # pairs of objects to work on at a time
+LARGE_KERNEL = 200  # elements, from which on a Fourier transform is faster
 
 
 class Detections(NamedTuple):
@@ -1221,32 +1222,33 @@ def recount(objects, cut, pixels):
 def filter_pixels(field, where):
     """Filter the image as SEP does it, at flat indices `where` alone.
 
-    Returns
-    -------
-    DataFrame
-        Columns x and y, the light in the image, the filtered light, and the margin by which that is
-        above the threshold. A matched filter weighs pixels by their noise: its margin is what it
-        would be if the noise nearby were even.
+    The columns of the result are x and y, the light in the image, the filtered light, and the
+    margin by which that is above the threshold. A matched filter weighs pixels by their noise: its
+    margin is what it would be if the noise nearby were even.
     """
-    kernel, weighs = field.method.kernel, field.depth() is not None
+    kernel, thresh = field.method.kernel, field.method.extraction.thresh
     kernel = np.ones((1, 1)) if kernel is None else kernel / np.abs(kernel).sum()
     rim = [(length // 2, length // 2) for length in kernel.shape]
-    image = np.pad(field.residual, rim)
-    noise = np.pad(field.noise, rim, constant_values=np.inf) if weighs else None
     y, x = np.divmod(where, field.mask.shape[1])
-    corner = y * image.shape[1] + x
-    filtered, weighted, weight = np.zeros((3, where.size), np.float32)
-    for (row, column), part in np.ndenumerate(kernel):
-        at = corner + row * image.shape[1] + column
-        light = part * image.take(at)
-        filtered += light
-        if weighs:
-            precision = noise.take(at).astype(np.float64) ** -2
-            weighted += light * precision
-            weight += part**2 * precision
-    thresh = field.method.extraction.thresh
-    if weighs:
-        margin = (weighted / np.sqrt(weight) - thresh) * np.square(kernel).sum() / np.sqrt(weight)
+    width = field.mask.shape[1] + 2 * rim[1][0]
+    corner = y * width + x
+
+    def correlate(image, kernel):
+        image = np.pad(image, rim)
+        if kernel.size > LARGE_KERNEL:
+            product = np.fft.rfft2(image) * np.fft.rfft2(kernel, image.shape).conj()
+            return np.fft.irfft2(product, image.shape).take(corner)
+        parts = np.ndenumerate(kernel)
+        return sum(
+            part * image.take(corner + row * width + column) for (row, column), part in parts
+        )
+
+    filtered = correlate(field.residual, kernel)
+    if field.depth():
+        precision = field.noise.astype(np.float64) ** -2
+        weight = np.sqrt(correlate(precision, kernel**2))
+        significance = correlate(field.residual * precision, kernel) / weight
+        margin = (significance - thresh) * np.square(kernel).sum() / weight
     else:
         unit = 1 if field.method.err_option == "none" else field.noise
         margin = filtered - thresh * np.broadcast_to(unit, field.mask.shape)[y, x]
@@ -1277,7 +1279,7 @@ def survive_cleaning(objects, pixels, settings):
         eaten, dx, dy = i + j - eater, x[i] - x[j], y[i] - y[j]
         ellipse = cxx[eater] * dx**2 + cyy[eater] * dy**2 + cxy[eater] * dx * dy
         spread = 1 + alpha[eater] * ellipse
-        eats = (spread > 1) & (height[eater] * spread**-beta > margin[eaten])
+        eats = (spread > 1) & (spread < 1e10) & (height[eater] * spread**-beta > margin[eaten])
         eating.append(np.array([i, j, eaten])[:, eats])
     eating = np.hstack(eating)
     alive = np.ones(len(objects), bool)
@@ -1642,6 +1644,8 @@ def catalog_columns(diameters, image_unit="image", measure_unit="measure"):
 
 def unit_of_sums(text):
     """Return the unit of a sum of pixels: another than theirs if that is, legibly, per area."""
+    if re.search(r"\d{3}", str(text)):  # astropy might work on its powers for ever
+        return text
     try:
         with warnings.catch_warnings(action="ignore"):
             # As AIPS and CASA spell them.
@@ -1700,19 +1704,15 @@ def sky_positions(wcs, x, y):
 
 @dataclass(frozen=True)
 class Result:
-    """All that the products of an image are made from.
-
-    The columns are the catalogue's, with their units; the settings tell how it was made, a line
-    each; the image format is "fits", "tiff", or None to go by the extensions of image products.
-    """
+    """All that the products of an image are made from."""
 
     origin: Origin
     field: Field
     segmentation: np.ndarray
     catalog: pd.DataFrame
-    columns: tuple[Column, ...]
-    settings: list[str]
-    image_format: str | None
+    columns: tuple[Column, ...]  # the catalogue's, with their units
+    settings: list[str]  # how it was made, a line each
+    image_format: str | None  # "fits", "tiff", or None to go by the extensions of image products
 
     def history(self, product):
         """Return lines that say what made a product, which one it is, and with what settings."""
@@ -2349,8 +2349,9 @@ def padding_of(origin, pixels, mask):
     values, counts = np.unique(border, return_counts=True)
     value = values[counts.argmax()]
     same, mesh = (pixels == value) & ~mask, BackgroundSettings(bw=32, bh=32)
-    inside, outside = box_sums(same, mesh), box_sums(~same, mesh)
-    if (outside == 0).mean() > 0.02 and 2 * (9 * inside < outside).sum() > (outside > 0).sum():
+    inside, outside = box_sums(same, mesh), box_sums(~same & ~mask, mesh)
+    padded, rare = (inside > 0) & (outside == 0), 9 * inside < outside
+    if padded.mean() > 0.02 and 2 * rare.sum() > (outside > 0).sum():
         text = "%.0f %% of the image is exactly %s: if it is padding, name it (--blank %s)"
         stored = value if origin.black is None else origin.black - value
         log.warning(text, 100 * same.mean(), stored, stored)
@@ -2382,9 +2383,8 @@ def report_field(field, values):
     elif np.ndim(field.noise) == 0:
         log.info("threshold     %.6g (%g x rms)", thresh * rms, thresh)
     else:
-        typical = frame.differences(typical_noise(field))
         depth = field.depth() or 1
-        deep = thresh / depth
+        deep, typical = thresh / depth, frame.differences(typical_noise(field))
         log.info("threshold     %.6g (%.4g x noise, median)", deep * typical, deep)
         if depth != 1:
             log.warning(
