@@ -134,7 +134,7 @@ def clean_plainly(objects, labels, light, margin, minarea=5, beta=1.0, ranked=ra
             height, alpha, _ = profiles[eater]
             big = objects[eater]
             spread = 1 + alpha * (big["cxx"] * dx**2 + big["cyy"] * dy**2 + big["cxy"] * dx * dy)
-            if spread > 1 and height * spread**-beta > profiles[eaten][2]:
+            if 1 < spread < 1e10 and height * spread**-beta > profiles[eaten][2]:
                 alive[eaten] = False
     return objects[alive], np.concatenate([[0], np.where(alive, np.cumsum(alive), 0)])[labels]
 

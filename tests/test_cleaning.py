@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import sep
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 import source_extractor
 from common import DATA, rows_at
@@ -16,6 +16,7 @@ from source_extractor import (
     Method,
     build_field,
     close_pairs,
+    filter_pixels,
     find_sources,
     make_kernel,
     read_image,
@@ -88,6 +89,7 @@ SETTINGS = {
     "small": {"thresh": 1.0, "minarea": 3},
     "single pixels": {"thresh": 1.2, "minarea": 1, "clean_param": 2.5},
     "steep": {"thresh": 1.2, "clean_param": 0.4},
+    "flat profiles": {"clean_param": 0.1},
     "no filter": {"thresh": 1.0, "kernel": None},
     "RMS map": {"err_option": "array_rms", "filter_type": "conv"},
     "absolute": {"err_option": "none", "thresh": 1.8},
@@ -147,6 +149,17 @@ def test_cleaning_goes_pair_by_pair(count, settings):
     for name in objects.dtype.names:
         assert_array_equal(objects[name], expected[2][name])
     assert_array_equal(labels, expected[3])
+
+
+@pytest.mark.parametrize("err_option", ["float_globalrms", "array_rms"])
+def test_a_large_kernel_filters_as_a_small_one(monkeypatch, err_option):
+    field = field_of(crowded(50, 14, side=90), make_kernel("gaussian", 5.0, None), err_option)
+    where = np.flatnonzero(np.random.default_rng(14).random(field.mask.shape) < 0.3)
+    monkeypatch.setattr(source_extractor, "LARGE_KERNEL", 0)
+    by_fourier = filter_pixels(field, where)
+    monkeypatch.setattr(source_extractor, "LARGE_KERNEL", 10**6)
+    for name, values in filter_pixels(field, where).items():
+        assert_allclose(by_fourier[name], values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("portion", [1, 100, 2**18])

@@ -152,4 +152,14 @@ def test_a_mask_that_leaves_only_padding_is_no_reason_to_fail(run, write):
     image = np.random.default_rng(1).normal(100, 5, SHAPE).astype(np.float32)
     image[:, :230] = 0
     mask = write((image != 0).astype(np.uint8), "mask.fits")
-    assert run(write(image), "--mask", mask).code == 0
+    result = run(write(image), "--mask", mask)
+    assert re.search(one_line("warning", "the image is constant: no sources"), result.err)
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.1, 0.2, 0.3, 0.7])
+def test_the_level_of_sparse_photons_is_right_beside_sources(run, write, rate):
+    x, y = grid_positions((500, 500), 50, seed=1)
+    light, _ = simulate((500, 500), star_table(x, y, 200.0), level=rate, noise=0.0)
+    image = np.random.default_rng(2).poisson(light).astype(np.int16)
+    result = run(write(image), "--err-option", "none", "--thresh", 1)
+    assert result.image("background").mean() == pytest.approx(rate, abs=0.12)

@@ -154,6 +154,16 @@ def test_blank_is_compared_with_scaled_values(run, tmp_path, stars):
     assert_same(result, direct(stored.astype("f4"), mask=mask))
 
 
+def test_blank_is_found_however_scaling_rounds(run, tmp_path, stars):
+    stored = np.rint(20 * stars).astype("i2")
+    stored[BLOCK] = -32768
+    hdu = fits.PrimaryHDU(stored)
+    hdu.header["BSCALE"], hdu.header["BZERO"] = 0.3525, 41.067
+    hdu.writeto(tmp_path / "image.fits")
+    result = run(tmp_path / "image.fits", "--blank", -11509.653)
+    assert f"({stored[BLOCK].size} pixels have no finite value)" in result.out
+
+
 def test_blank_is_compared_with_what_a_tiff_stores_in_which_0_is_white(run, tmp_path, stars):
     stored = 65535 - np.rint(20 * stars).astype("u2")
     stored[BLOCK] = 65535

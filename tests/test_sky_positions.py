@@ -149,6 +149,16 @@ def test_a_compressed_cube_is_cut_alike(tmp_path, dtype):
     assert np.array_equal(pixels, cube[:, :, 3])
 
 
+def test_a_wcs_that_can_not_be_written_is_left_out(run, tmp_path, stars):
+    header = fits.Header({"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CDELT1": -1e-4})
+    header.update({"CDELT2": 1e-4, "CRVAL1": 10.0, "CRVAL2": 20.0, "CRPIX1": 5.0, "CRPIX2": 5.0})
+    header.append(fits.Card.fromstring("LONPOLE =                1E400"))
+    fits.PrimaryHDU(stars, header).writeto(tmp_path / "image.fits", output_verify="ignore")
+    result = run(tmp_path / "image.fits")
+    assert re.search(one_line("warning", r".*WCS can't be used and is left out.*"), result.err)
+    assert result.catalog["ra"].isna().all()
+
+
 def test_a_spectrum_along_a_slit_is_a_plane_as_it_is_stored(run, write, stars):
     axes = {"CTYPE1": "WAVE", "CTYPE2": "RA---TAN", "CTYPE3": "DEC--TAN", "CDELT2": 0.1}
     result = run(write(stars[np.newaxis], **axes), "--thresh", 5)
