@@ -1032,8 +1032,9 @@ def quantum_of(values):
 
 def box_sums(where, mesh):
     """Return of how many pixels in each background box a map (ny, nx) is True."""
-    rows, columns = np.arange(0, where.shape[0], mesh.bh), np.arange(0, where.shape[1], mesh.bw)
-    return np.add.reduceat(np.add.reduceat(where, rows, axis=0, dtype=np.int64), columns, axis=1)
+    tops = range(0, where.shape[0], mesh.bh)
+    rows = np.stack([where[top : top + mesh.bh].sum(axis=0) for top in tops])
+    return np.add.reduceat(rows, np.arange(0, where.shape[1], mesh.bw), axis=1)
 
 
 def estimate_again(pixels, mask, first):
@@ -1059,10 +1060,7 @@ def grow_mask(mask, objects):
 
 
 def noise_raised_by_mask(field):
-    """Return how many times the global RMS of the whole image that under the mask is.
-
-    1 where little is masked that has a value, or the whole image has no noise, as a padded mosaic.
-    """
+    """Return the global RMS over that without the mask; 1 if it hides little, or there is none."""
     worthless = too_large(field.residual[field.mask])
     if np.count_nonzero(~worthless) <= MUCH_MASKED * field.mask.size:
         return 1.0
