@@ -436,7 +436,7 @@ def describe_hdus(hdus):
 def celestial_wcs(path, hdus, header, axes):
     """Return the celestial WCS of the FITS axes numbers `axes`, or None if there is none."""
     try:
-        wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
+        wcs = WCS(header := without_double_distortion(path, header, axes), hdus, naxis=axes)
         if not wcs.has_celestial:
             return None
         needed = re.compile(rf"(CRVAL|CRPIX|CDELT|CD|PC|PV)[{axes[0]}{axes[1]}](_\d+)?$")
@@ -451,6 +451,8 @@ def celestial_wcs(path, hdus, header, axes):
         if wcs.sip and not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
             text = "%s: SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
             log.warning(text, path)
+        if "A_ORDER" in header and not wcs.sip:
+            log.warning("%s: SIP is ignored, as the sky is not on axes 1 and 2", path)
         return wcs
     except Exception as error:
         log.warning("%s: WCS can't be used and is left out (%s)", path, one_line(error))

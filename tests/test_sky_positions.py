@@ -210,6 +210,15 @@ def test_odd_distortions_cost_one_line_and_no_position(
     assert_on_sky(result.catalog, true_sky(product, result.catalog, ICRS()))
 
 
+def test_sip_of_other_axes_than_the_sky_s_is_said_to_be_ignored(run, write, stars):
+    header = {"CTYPE1": "VELO-LSR", "CTYPE2": "RA---TAN-SIP", "CTYPE3": "DEC--TAN-SIP"}
+    header |= {"CDELT1": 1.0, "CDELT2": -1e-4, "CDELT3": 1e-4, "CRVAL2": 10.0, "CRVAL3": 20.0}
+    header |= {f"CRPIX{axis}": 1.0 for axis in (1, 2, 3)}
+    result = run(write(stars[:, :, np.newaxis], **header, **SIP), "--thresh", 5)
+    assert re.search(one_line("warning", ".*SIP is ignored.*"), result.err)
+    assert result.catalog["ra"].notna().all()
+
+
 @pytest.mark.parametrize(
     ("kind", "distortion"),
     [
