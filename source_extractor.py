@@ -54,7 +54,7 @@ import tifffile
 from astropy import units as u
 from astropy.io import fits
 from astropy.table import Table
-from astropy.wcs import WCS
+from astropy.wcs import WCS, Sip
 from astropy.wcs.utils import proj_plane_pixel_area
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import AsinhNorm, LinearSegmentedColormap, ListedColormap
@@ -436,7 +436,7 @@ def describe_hdus(hdus):
 def celestial_wcs(path, hdus, header, axes):
     """Return the celestial WCS of the FITS axes numbers `axes`, or None if there is none."""
     try:
-        wcs = WCS(header := without_double_distortion(path, header, axes), hdus, naxis=axes)
+        wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
         if not wcs.has_celestial:
             return None
         needed = re.compile(rf"(CRVAL|CRPIX|CDELT|CD|PC|PV)[{axes[0]}{axes[1]}](_\d+)?$")
@@ -448,11 +448,11 @@ def celestial_wcs(path, hdus, header, axes):
         blank = [header.get(f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
         if blank or not np.linalg.cond(wcs.pixel_scale_matrix) < 1e8:
             raise ValueError("its matrix is singular")
+        if wcs.sip:  # which astropy centres on axes 1 and 2
+            wcs.sip = Sip(wcs.sip.a, wcs.sip.b, wcs.sip.ap, wcs.sip.bp, wcs.wcs.crpix)
         if wcs.sip and not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
             text = "%s: SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
             log.warning(text, path)
-        if "A_ORDER" in header and not wcs.sip:
-            log.warning("%s: SIP is ignored, as the sky is not on axes 1 and 2", path)
         return wcs
     except Exception as error:
         log.warning("%s: WCS can't be used and is left out (%s)", path, one_line(error))
