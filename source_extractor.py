@@ -239,6 +239,8 @@ def reading(path, kind):
 def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     """Read one 2-D plane of a FITS or TIFF file, told apart by their first bytes.
 
+    Raises InputError if the file can't be read, or holds no such HDU or plane.
+
     Parameters
     ----------
     path : Path
@@ -253,7 +255,7 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     -------
     origin : Origin
     pixels : ndarray, shape (ny, nx)
-        As stored. InputError is raised if there are none.
+        As stored.
     """
     try:
         with open(path, "rb") as file:
@@ -925,6 +927,8 @@ class Field:
 def build_field(pixels, mask, noise, method, saturation=math.nan):
     """Estimate the background of an image, take it off, and bridge narrow gaps in what is left.
 
+    Raises InputError if too little of the image is unmasked.
+
     Parameters
     ----------
     pixels, mask, noise : ndarray, shape (ny, nx)
@@ -933,8 +937,6 @@ def build_field(pixels, mask, noise, method, saturation=math.nan):
     method : Method
     saturation : float
         Level of saturated pixels, in image values; nan if there is none.
-
-    Raises InputError if too little of the image is unmasked.
     """
     saturated = np.nonzero(pixels >= saturation)
     frame = Frame.of(pixels, mask)
@@ -1116,16 +1118,16 @@ def find_sources(field):
             "the background has no noise, so a threshold in units of it has no meaning; give an "
             "absolute one (--err-option none), or a noise image (--err-option file)"
         )
-    residual, mask, kernel = field.residual, field.mask, field.method.kernel
+    residual, mask = field.residual, field.mask
     keywords = asdict(field.method.extraction) | {
         "err": None if field.method.err_option == "none" else field.noise,
-        "filter_kernel": kernel,
+        "filter_kernel": field.method.kernel,
         "segmentation_map": True,
         "clean": False,  # SEP's is quadratic, and of a noise array in wrong units
     }
     sep.set_extract_pixstack(PIXEL_STACK)
     sep.set_sub_object_limit(SUB_OBJECTS)
-    # SEP filters the first rows before it has applied the mask to them.
+    # So does SEP, but not in the first rows before it has filtered them.
     with replaced(residual, mask, 0):
         while True:
             try:
@@ -1238,10 +1240,7 @@ def filter_pixels(field, where):
         if kernel.size > LARGE_KERNEL:
             product = np.fft.rfft2(image) * np.fft.rfft2(kernel, image.shape).conj()
             return np.fft.irfft2(product, image.shape).take(corner)
-        parts = np.ndenumerate(kernel)
-        return sum(
-            part * image.take(corner + row * width + column) for (row, column), part in parts
-        )
+        return sum(k * image.take(corner + i * width + j) for (i, j), k in np.ndenumerate(kernel))
 
     filtered = correlate(field.residual, kernel)
     if field.depth():
