@@ -452,9 +452,9 @@ def celestial_wcs(path, hdus, header, axes):
             raise ValueError("its matrix is singular")
         if wcs.sip:  # which astropy centres on axes 1 and 2
             wcs.sip = Sip(wcs.sip.a, wcs.sip.b, wcs.sip.ap, wcs.sip.bp, wcs.wcs.crpix)
-        if wcs.sip and not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
-            text = "%s: SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
-            log.warning(text, path)
+            if not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
+                text = "SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
+                log.warning("%s: %s", path, text)
         return wcs
     except Exception as error:
         log.warning("%s: WCS can't be used and is left out (%s)", path, one_line(error))
@@ -1093,7 +1093,7 @@ MAX_SUB_OBJECTS = 32767
 # What `flag` says beside SEP's own bits; the first is SExtractor's.
 SATURATED = 4
 BRIDGED = 256
-CUT = 512  # beside masked pixels
+BESIDE_MASK = 512
 CLEAN_ZONE = 10.0  # SExtractor's: how far cleaning looks, in units of the sum of both a
 PORTION = 2**18  # pairs of objects to work on at a time
 LARGE_KERNEL = 200  # elements, from which on a Fourier transform is faster
@@ -1127,7 +1127,7 @@ def find_sources(field):
     }
     sep.set_extract_pixstack(PIXEL_STACK)
     sep.set_sub_object_limit(SUB_OBJECTS)
-    # So does SEP, but not in the first rows before it has filtered them.
+    # SEP takes them for 0 too, but filters the first rows before it does.
     with replaced(residual, mask, 0):
         while True:
             try:
@@ -1144,7 +1144,7 @@ def find_sources(field):
 def flag_fields(found, field, measure_field):
     """Flag the objects, in place: beside masked pixels, and saturated or bridged in any field."""
     beside = sliding_window_view(np.pad(field.mask, 1), field.mask.shape).any(axis=(0, 1))
-    places = [(beside, CUT)]
+    places = [(beside, BESIDE_MASK)]
     for each in (field, measure_field):
         places += [(each.saturated, SATURATED), (each.excluded > each.mask, BRIDGED)]
     for where, bit in places:
@@ -1643,7 +1643,7 @@ def catalog_columns(diameters, image_unit="image", measure_unit="measure"):
 
 def unit_of_sums(text):
     """Return the unit of a sum of pixels: another than theirs if that is, legibly, per area."""
-    if re.search(r"\d{3}", str(text)):  # astropy might work on its powers for ever
+    if text is None or re.search(r"\d{3}", text):  # astropy might work on its powers for ever
         return text
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -1651,7 +1651,7 @@ def unit_of_sums(text):
             unit = u.Unit(re.sub("(?i)jy/beam", "Jy/beam", text).replace("/beam.", " beam-1 "))
         parts = unit.decompose()
         powers = dict(zip(parts.bases, parts.powers, strict=True))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, AttributeError):
         return text
     if powers.get(u.rad) != -2 and powers.get(u.beam) != -1 and powers.get(u.pix) != -1:
         return text
@@ -1660,10 +1660,10 @@ def unit_of_sums(text):
     return (unit * u.pix).to_string()
 
 
-def build_catalog(objects, measurements, wcs, settings):
+def build_catalog(objects, measurements, wcs, settings, columns):
     """Return the catalogue, a row an object, from SEP's objects and what `measure` found of them.
 
-    It has exactly the columns that the contract has; without a `wcs` the sky positions are nan.
+    It has exactly these columns; without a `wcs` the sky positions are nan.
     """
     catalog = pd.concat([pd.DataFrame(objects), measurements], axis=1)
     catalog["id"] = np.arange(1, len(objects) + 1)
@@ -1677,7 +1677,7 @@ def build_catalog(objects, measurements, wcs, settings):
         flux = flux.where(flux > 0)
         catalog[f"mag_{kind}"] = settings.zeropoint - 2.5 * np.log10(flux)
         catalog[f"magerr_{kind}"] = 2.5 / math.log(10) * error / flux  # to first order
-    return catalog[[column.name for column in catalog_columns(settings.aperture_diameters)]]
+    return catalog[[column.name for column in columns]]
 
 
 def sky_positions(wcs, x, y):
@@ -2285,8 +2285,8 @@ def run(args):
                 measure_field = build_measure_field(measure_pixels, mask, method, level)
         flag_fields(found, field, measure_field)
         measurements = measure(field, measure_field, found, photometry)
-        catalog = build_catalog(found.objects, measurements, origin.wcs, photometry)
         columns = catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit)
+        catalog = build_catalog(found.objects, measurements, origin.wcs, photometry, columns)
         history, form = describe_settings(args, origin), args.image_format
         result = Result(origin, field, found.segmentation, catalog, columns, history, form)
         write_products(paths, targets, result)
