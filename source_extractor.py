@@ -9,6 +9,7 @@ The file reads in the order of the work, as `run`, near its end, tells it. Its s
     Mask and frame           which pixels count, and the numbers that SEP works on
     Background               a field: an image less its background, its mask and noise settled; a
                              second pass detects first
+    Sharing the work         jobs on one image, done by one process or by many
     Detection                a field in, objects and the map of their labels out
     Measurements             sizes, fluxes and centroids of the objects
     Catalogue                all of it in one table, whose columns stand in another
@@ -29,6 +30,8 @@ import gzip
 import io
 import logging
 import math
+import mmap
+import multiprocessing
 import os
 import re
 import secrets
@@ -39,10 +42,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
+from multiprocessing.connection import wait
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -897,6 +901,14 @@ class Field:
     method: Method
     frame: Frame
 
+    def rows(self, first, last):
+        """Return a view of some rows; background and saturated pixels stay those of the image."""
+        noise = self.noise if np.ndim(self.noise) == 0 else self.noise[first:last]
+        arrays = {
+            name: getattr(self, name)[first:last] for name in ("residual", "excluded", "mask")
+        }
+        return replace(self, noise=noise, **arrays)
+
     def level_map(self):
         """Return the background in image values."""
         return self.frame.levels(self.background.back())
@@ -1082,8 +1094,102 @@ def global_rms(background):
 
 
 # ---------------------------------------------------------------------------------------------
+# Sharing the work
+# ---------------------------------------------------------------------------------------------
+
+
+def shared_zeros(shape, dtype):
+    """Return an array of zeros that all processes which share the work can write to."""
+    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def share(jobs, threads):
+    """Yield what each job returns, in their order, done by so many processes.
+
+    Processes, as SEP holds the interpreter's lock: threads would wait for one another.
+
+    Parameters
+    ----------
+    jobs : sequence of callables
+        They see all memory as it is when they start, but only what they return, and what they write
+        into `shared_zeros`, is seen here.
+    threads : int
+        With 1 they are done here, one after the other.
+
+    Raises
+    ------
+    InputError
+        If a process is killed; else whatever a job raises.
+    """
+    if min(threads, len(jobs)) == 1:
+        yield from (job() for job in jobs)
+        return
+    crew, done, numbers = {}, {}, iter(range(len(jobs)))
+    try:
+        for number in islice(numbers, threads):
+            process, connection = hire(jobs, crew)
+            crew[connection] = process
+            connection.send(number)
+        for number in range(len(jobs)):
+            while number not in done:
+                for connection in wait(crew):
+                    done |= connection.recv()
+                    for following in islice(numbers, 1):
+                        connection.send(following)
+            if isinstance(done[number], Exception):
+                raise done[number]
+            yield done.pop(number)
+    except (EOFError, ConnectionError) as error:
+        text = "a process that shared the work was killed; is memory short? take fewer (--threads)"
+        raise InputError(text) from error
+    finally:
+        for process in crew.values():
+            process.kill()
+            process.join()
+
+
+def hire(jobs, crew):
+    """Start a process that does jobs by their numbers; return it, and the connection to it."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(jobs, there, [here, *crew]))
+    # A signal that came before the process has its own handlers would undo what this one staged.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of the threads that numpy keeps for itself
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    there.close()
+    return process, here
+
+
+def serve(jobs, connection, others):
+    """Do the jobs whose numbers come in, one by one, and send back what they return or raise."""
+    for other in others:  # or else this process wouldn't be told when the first one is gone
+        other.close()
+    for signum in STOPS:
+        signal.signal(signum, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            number = connection.recv()
+            try:
+                result = jobs[number]()
+            except Exception as error:
+                result = error
+            connection.send({number: result})
+
+
+# ---------------------------------------------------------------------------------------------
 # Detection
 # ---------------------------------------------------------------------------------------------
+
+# How many rows of an image are searched at a time, and how many more for what goes on below them:
+# at the least.
+STRIP = 512
+OVERLAP = 64
 
 # SEP's own starting values and the most it takes without overflow; see `grow_limits`.
 PIXEL_STACK = 300_000
@@ -1098,6 +1204,10 @@ CLEAN_ZONE = 10.0  # SExtractor's: how far cleaning looks, in units of the sum o
 PORTION = 2**18  # pairs of objects to work on at a time
 LARGE_KERNEL = 200  # elements, from which on a Fourier transform is faster
 
+# What the cleaning needs of an object: the profile by which it eats, its light, and the margin by
+# which it resists; and where the group that it was split from ends, which orders the objects.
+PROFILE = np.dtype([(name, float) for name in ("height", "alpha", "light", "margin", "row", "end")])
+
 
 class Detections(NamedTuple):
     """SEP's 30 fields an object, in image values, and the map (ny, nx) that labels it index + 1."""
@@ -1107,55 +1217,181 @@ class Detections(NamedTuple):
 
 
 @timed("find sources")
-def find_sources(field):
-    """Return the `Detections` in a field: SEP's, cleaned up.
+def find_sources(field, threads=1):
+    """Return the `Detections` in a field: SEP's, cleaned up, in SEP's order.
 
-    Meanwhile masked pixels of the residual are 0. Raises InputError if there is no noise for the
-    threshold to be a multiple of, or SEP gives up.
+    That is by the last row of the object, or of the group that it was split from, then by the
+    column where that row of it ends. Meanwhile masked pixels of the residual are 0. Raises
+    InputError if there is no noise for the threshold to be a multiple of, or SEP gives up.
     """
     if field.is_noiseless() and field.residual[~field.mask].any():
         raise InputError(
             "the background has no noise, so a threshold in units of it has no meaning; give an "
             "absolute one (--err-option none), or a noise image (--err-option file)"
         )
-    residual, mask = field.residual, field.mask
-    keywords = asdict(field.method.extraction) | {
-        "err": None if field.method.err_option == "none" else field.noise,
-        "filter_kernel": field.method.kernel,
-        "segmentation_map": True,
-        "clean": False,  # SEP's is quadratic, and of a noise array in wrong units
-    }
-    sep.set_extract_pixstack(PIXEL_STACK)
-    sep.set_sub_object_limit(SUB_OBJECTS)
+    labels = shared_zeros(field.mask.shape, np.int32)
+    strips = cut_into_strips(field)
+    apart = (2**31 - 1) // len(strips)  # the labels of two strips, until all are found
     # SEP takes them for 0 too, but filters the first rows before it does.
-    with replaced(residual, mask, 0):
-        while True:
-            try:
-                found = sep.extract(residual, mask=mask, **keywords)
-                break
-            except Exception as error:  # SEP raises nothing narrower
-                grow_limits(error, residual.size)
-        objects, labels = settle_objects(field, *found)
+    with replaced(field.residual, field.mask, 0):
+        jobs = [
+            partial(search_strip, field, labels, strip, i * apart) for i, strip in enumerate(strips)
+        ]
+        found = list(share(jobs, threads))
+    objects, profiles = map(np.concatenate, zip(*found, strict=True))
+    order = np.lexsort((profiles["end"], profiles["row"]))
+    if field.method.extraction.clean:
+        beta = field.method.extraction.clean_param
+        order = order[survive_cleaning(objects[order], profiles[order], beta)]
+    ids = np.zeros(len(objects), np.int32)
+    ids[order] = np.arange(1, len(order) + 1)
+    starts = np.cumsum([0, *(len(own) for own, _ in found)])
+    jobs = [partial(number_labels, labels, strip, ids, starts, apart) for strip in strips]
+    list(share(jobs, threads))
+    objects = objects[order]
     for name in ("thresh", "cflux", "flux", "cpeak", "peak"):
         objects[name] = field.frame.differences(objects[name])
     return Detections(objects, labels)
 
 
+class Strip(NamedTuple):
+    """A strip of rows to search: from `first` to before `end`; before `bottom` for what goes on."""
+
+    first: int
+    end: int
+    bottom: int
+
+
+def rim_of(field):
+    """Return how many rows at the edges of a strip lack some of their filtered light, and one."""
+    kernel = field.method.kernel
+    return 1 if kernel is None else len(kernel) // 2 + 1
+
+
+def cut_into_strips(field):
+    """Return the strips of a field; they depend on what is searched for, not on who searches."""
+    # Enough for SEP to see an object in what goes on below, be it a pixel a row.
+    overlap = max(OVERLAP, field.method.extraction.minarea + rim_of(field))
+    rows, height = max(STRIP, overlap), len(field.mask)
+    firsts = range(0, height, rows)
+    return [Strip(first, min(first + rows, height), first + rows + overlap) for first in firsts]
+
+
+def search_strip(field, labels, strip, base):
+    """Find the objects that begin in a strip of the image; label them there base + index + 1.
+
+    Objects that SEP split from one group are found where the group begins, and whole: what goes on
+    below the window that SEP searches is searched for again, in a larger one. Returned are the
+    objects, rid of masked pixels, and their profiles.
+    """
+    height, width = labels.shape
+    first, end, bottom = strip
+    rim, seen, parts = rim_of(field), 0, []
+    while True:
+        above, bottom = max(first - rim, 0), min(bottom, height)
+        window = field.rows(above, bottom)
+        with closed_below(window) if bottom < height else nullcontext():
+            objects, found = extract(window)
+        where = np.flatnonzero(found)
+        owner = found.take(where) - 1
+        begin, row, end_of_row = group_extents(objects, found, where, owner)
+        begin, row = begin + above, row + above
+        own = (first <= begin) & (begin < end) & (seen <= row)
+        unfinished = own & (row >= bottom - rim - 1) & (bottom < height)
+        chosen = own & ~unfinished
+        profiles = np.zeros(np.count_nonzero(chosen), PROFILE)
+        profiles["row"], profiles["end"] = row[chosen], end_of_row[chosen]
+        where, owner = where[chosen[owner]], (np.cumsum(chosen) - 1)[owner[chosen[owner]]]
+        objects, profiles, where, owner = settle_objects(
+            window, objects[chosen], profiles, where, owner
+        )
+        for name in ("ymin", "ymax", "y", "ycpeak", "ypeak"):
+            objects[name] += above
+        labels.reshape(-1)[where + above * width] = owner + (base + 1)
+        base += len(objects)
+        parts.append((objects, profiles))
+        if not unfinished.any():
+            return tuple(map(np.concatenate, zip(*parts, strict=True)))
+        first, seen = begin[unfinished].min(), bottom - rim - 1
+        bottom += 2 * (bottom - first)
+
+
+@contextmanager
+def closed_below(window):
+    """Let nothing be found in those last rows of a `Field` that lack some of their filtered light.
+
+    There it might join what is apart.
+    """
+    with replaced(window.residual, -1, np.nan), replaced(window.mask, -1, False):
+        yield
+
+
+def extract(window):
+    """Return the objects that SEP finds in a `Field`, not cleaned, and the map of their labels."""
+    keywords = asdict(window.method.extraction) | {
+        "err": None if window.method.err_option == "none" else window.noise,
+        "mask": window.mask if window.mask.any() else None,
+        "filter_kernel": window.method.kernel,
+        "segmentation_map": True,
+        "clean": False,  # SEP's is quadratic, and of a noise array in wrong units
+    }
+    sep.set_extract_pixstack(PIXEL_STACK)
+    sep.set_sub_object_limit(SUB_OBJECTS)
+    while True:
+        try:
+            return sep.extract(window.residual, **keywords)
+        except Exception as error:  # SEP raises nothing narrower
+            grow_limits(error, window.residual.size)
+
+
+def group_extents(objects, found, where, owner):
+    """Return first row, last row, and last column of that row, of the group each object is of.
+
+    A group are objects that SEP has split, and so touch, in its order one after the other. Beside
+    them come the map of labels, flat indices of all that is labelled, and the object there.
+    """
+    y, x = np.divmod(where, found.shape[1])
+    count = len(objects)
+    split = (objects["flag"][owner] & sep.OBJ_MERGED) > 0
+    rows, columns, own = y[split], x[split], owner[split]
+    bonds = np.zeros(count + 1, int)
+    for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
+        inside, at = pixels_at(rows + down, columns + right, found.shape)
+        other = np.where(inside, found[at], 0) - 1
+        touch = (other >= 0) & (other != own)
+        pair = np.sort([own[touch], other[touch]], axis=0) + 1
+        bonds += np.bincount(pair[0], minlength=count + 1)
+        bonds -= np.bincount(pair[1], minlength=count + 1)
+    group = np.cumsum(np.cumsum(bonds)[:count] == 0) - 1  # a new one where no bond leads further
+    begin, last, end = np.full(count, len(found)), np.zeros(count, int), np.zeros(count, int)
+    np.minimum.at(begin, group, objects["ymin"])
+    np.maximum.at(last, group, objects["ymax"])
+    lowest = y == last[group[owner]]
+    np.maximum.at(end, group[owner[lowest]], x[lowest])
+    return begin[group], last[group], end[group]
+
+
+def number_labels(labels, strip, ids, starts, apart):
+    """Turn the labels in a strip of the map, in place, into the ids, which start anew a strip."""
+    rows = labels[strip.first : strip.end].reshape(-1)
+    where = np.flatnonzero(rows)
+    finder, index = np.divmod(rows[where] - 1, apart)
+    rows[where] = ids[starts[finder] + index]
+
+
 def flag_fields(found, field, measure_field):
-    """Flag the objects, in place: beside masked pixels, and saturated or bridged in any field."""
-    beside = sliding_window_view(np.pad(field.mask, 1), field.mask.shape).any(axis=(0, 1))
-    places = [(beside, BESIDE_MASK)]
+    """Flag the objects, in place, that hold saturated or bridged pixels in any of the fields."""
     for each in (field, measure_field):
-        places += [(each.saturated, SATURATED), (each.excluded > each.mask, BRIDGED)]
-    for where, bit in places:
-        labels = np.unique(found.segmentation[where])
-        found.objects["flag"][labels[labels > 0] - 1] |= bit
+        bridged = np.nonzero(each.excluded > each.mask)
+        for where, bit in ((each.saturated, SATURATED), (bridged, BRIDGED)):
+            labels = np.unique(found.segmentation[where])
+            found.objects["flag"][labels[labels > 0] - 1] |= bit
 
 
 @contextmanager
 def replaced(array, where, value):
     """Put a value into an array, in place, and back at the end what was there."""
-    before = array[where]
+    before = np.copy(array[where])
     array[where] = value
     try:
         yield
@@ -1181,16 +1417,16 @@ def grow_limits(error, pixels):
         raise InputError(f"SEP gave up: {one_line(error)}") from error
 
 
-def settle_objects(field, objects, labels):
-    """Take masked pixels from SEP's objects, clean up, and number anew what is left.
+def settle_objects(field, objects, profiles, where, owner):
+    """Take masked pixels from SEP's objects, and complete their profiles.
 
-    An object that loses pixels keeps SEP's position and shape: those of the filtered light, as far
-    as the filter reaches into the mask.
+    Before and after, come objects and profiles, flat indices of their pixels, and the object there.
+    One that loses pixels keeps SEP's position and shape: those of the filtered light, as far as the
+    filter reaches into the mask. One that has masked pixels beside it is flagged.
     """
-    where = np.flatnonzero(labels)
-    where = where[np.argsort(labels.take(where), kind="stable")]
-    pixels = filter_pixels(field, where)
-    owner = pixels["owner"] = labels.take(where) - 1
+    by_owner = np.argsort(owner, kind="stable")
+    where, owner = where[by_owner], owner[by_owner]
+    pixels = filter_pixels(field, where).assign(owner=owner)
     good = ~field.mask.take(where)
     left = np.bincount(owner[good], minlength=len(objects))
     if depth := field.depth():
@@ -1198,13 +1434,16 @@ def settle_objects(field, objects, labels):
         thresh = field.method.extraction.thresh / depth * noise / np.maximum(left, 1)
         bright = owner[pixels["light"] > thresh[owner]]
         objects["thresh"], objects["tnpix"] = thresh, np.bincount(bright, minlength=len(objects))
-    kept = left > 0
-    if field.method.extraction.clean:
-        kept &= survive_cleaning(objects, pixels, field.method.extraction)
-    cut = kept & (left < objects["npix"])
+    describe_profiles(objects, profiles, pixels, field.method.extraction)
+    cut = (left > 0) & (left < objects["npix"])
     recount(objects, cut, pixels[good & cut[owner]])
-    labels.put(where, np.where(good & kept[owner], np.cumsum(kept)[owner], 0))
-    return Detections(objects[kept], labels)
+    where, owner = where[good], owner[good]
+    if field.mask.any():
+        y, x = np.divmod(where, field.mask.shape[1])
+        beside = correlate(field.mask, np.ones((3, 3)), y, x) > 0
+        objects["flag"][np.unique(owner[beside])] |= BESIDE_MASK
+    kept = left > 0
+    return objects[kept], profiles[kept], where, (np.cumsum(kept) - 1)[owner]
 
 
 def recount(objects, cut, pixels):
@@ -1230,23 +1469,12 @@ def filter_pixels(field, where):
     """
     kernel, thresh = field.method.kernel, field.method.extraction.thresh
     kernel = np.ones((1, 1)) if kernel is None else kernel / np.abs(kernel).sum()
-    rim = [(length // 2, length // 2) for length in kernel.shape]
     y, x = np.divmod(where, field.mask.shape[1])
-    width = field.mask.shape[1] + 2 * rim[1][0]
-    corner = y * width + x
-
-    def correlate(image, kernel):
-        image = np.pad(image, rim)
-        if kernel.size > LARGE_KERNEL:
-            product = np.fft.rfft2(image) * np.fft.rfft2(kernel, image.shape).conj()
-            return np.fft.irfft2(product, image.shape).take(corner)
-        return sum(k * image.take(corner + i * width + j) for (i, j), k in np.ndenumerate(kernel))
-
-    filtered = correlate(field.residual, kernel)
+    filtered = correlate(field.residual, kernel, y, x)
     if field.depth():
         precision = field.noise.astype(np.float64) ** -2
-        weight = np.sqrt(correlate(precision, kernel**2))
-        significance = correlate(field.residual * precision, kernel) / weight
+        weight = np.sqrt(correlate(precision, kernel**2, y, x))
+        significance = correlate(field.residual * precision, kernel, y, x) / weight
         margin = (significance - thresh) * np.square(kernel).sum() / weight
     else:
         unit = 1 if field.method.err_option == "none" else field.noise
@@ -1255,26 +1483,52 @@ def filter_pixels(field, where):
     return pd.DataFrame(columns | {"filtered": filtered, "margin": margin})
 
 
-@np.errstate(all="ignore")
-def survive_cleaning(objects, pixels, settings):
-    """Tell which objects are more than the light of a brighter neighbour, as SExtractor's CLEAN.
+def correlate(image, kernel, y, x):
+    """Return the sum of a kernel times an image about pixels (y, x), nothing beyond the edges."""
+    (ny, nx), (top, left) = image.shape, np.floor_divide(kernel.shape, 2)
+    if kernel.size > LARGE_KERNEL:
+        shape = np.add(image.shape, kernel.shape) - 1
+        image, kernel = image.astype(np.float64), kernel.astype(np.float64)
+        product = np.fft.rfft2(image, shape) * np.fft.rfft2(kernel, shape).conj()
+        return np.fft.irfft2(product, shape)[y - top, x - left]
+    rows = [(y >= -step) & (y < ny - step) for step in range(-top, top + 1)]
+    columns = [(x >= -step) & (x < nx - step) for step in range(-left, left + 1)]
+    corner, total = (y - top) * nx + x - left, 0
+    for (i, j), weight in np.ndenumerate(kernel):
+        values = image.take(corner + (i * nx + j), mode="clip")
+        total += weight * np.where(rows[i] & columns[j], values, 0)
+    return total
 
-    Around an object light falls off as height (1 + alpha r^2)^-`clean_param`. It eats a neighbour
-    at which it is more than the neighbour's margin over the threshold. What has been eaten when its
-    turn comes eats no other.
+
+@np.errstate(all="ignore")
+def describe_profiles(objects, profiles, pixels, settings):
+    """Fill in the profiles of objects, as SExtractor's CLEAN takes them.
+
+    Around an object light falls off as height (1 + alpha r^2)^-`clean_param`, r in units of (a, b).
     """
-    names = "x", "y", "a", "b", "cxx", "cyy", "cxy", "cflux", "thresh"
-    x, y, a, b, cxx, cyy, cxy, flux, thresh = (objects[name] for name in names)
-    owner, beta, half = pixels["owner"], settings.clean_param, (thresh + objects["peak"]) / 2
+    thresh, area, flux = objects["thresh"], np.pi * objects["a"] * objects["b"], objects["cflux"]
+    owner, half = pixels["owner"], (thresh + objects["peak"]) / 2
     core = np.bincount(owner[pixels["light"] > half[owner]], minlength=len(objects))
-    area = np.pi * a * b
     steepness = -2 * np.log(np.where(thresh < half, thresh / half, 0.99)) * area
     height = flux / (2 * area * np.minimum(np.maximum(objects["tnpix"] - core, 1) / steepness, 1))
-    alpha = ((height / thresh) ** (1 / beta) - 1) * area / objects["npix"]
-    margin = margins_to_eat(objects["npix"], pixels, settings.minarea)
+    profiles["light"], profiles["height"] = flux, height
+    fall = (height / thresh) ** (1 / settings.clean_param) - 1
+    profiles["alpha"] = fall * area / objects["npix"]
+    profiles["margin"] = margins_to_eat(objects["npix"], pixels, settings.minarea)
+
+
+@np.errstate(all="ignore")
+def survive_cleaning(objects, profiles, beta):
+    """Tell which objects are more than the light of a brighter neighbour, as SExtractor's CLEAN.
+
+    An object eats a neighbour at which its profile is more than the neighbour's margin over the
+    threshold. What has been eaten when its turn comes eats no other.
+    """
+    x, y, a, cxx, cyy, cxy = (objects[name] for name in ("x", "y", "a", "cxx", "cyy", "cxy"))
+    height, alpha, light, margin = (profiles[name] for name in PROFILE.names[:4])
     eating = [np.empty((3, 0), int)]
     for i, j in close_pairs(x, y, CLEAN_ZONE * a):
-        eater = np.where(flux[j] < flux[i], i, j)
+        eater = np.where(light[j] < light[i], i, j)
         eaten, dx, dy = i + j - eater, x[i] - x[j], y[i] - y[j]
         ellipse = cxx[eater] * dx**2 + cyy[eater] * dy**2 + cxy[eater] * dx * dy
         spread = 1 + alpha[eater] * ellipse
@@ -1352,6 +1606,9 @@ STRAY = 0.5
 # The label of masked pixels while sources are measured; exact in float32, in which SEP compares.
 MASKED = 2**30
 
+# How many sources are measured at a time.
+BATCH = 2000
+
 
 class Shapes(NamedTuple):
     """Positions (pixels) and ellipses of objects, as SEP takes them."""
@@ -1364,41 +1621,53 @@ class Shapes(NamedTuple):
 
 
 @timed("measure")
-def measure(field, measure_field, found, settings):
-    """Measure background, sizes, Kron and aperture fluxes, and windowed centroids.
+def measure(field, measure_field, found, settings, threads=1, meanwhile=()):
+    """Measure sizes, Kron and aperture fluxes, and windowed centroids.
 
     The objects `found` in `field` have their Kron ellipses there, and are measured in the other
     one. The result, a `DataFrame`, has a row an object, in pixels and image values, nan where there
     is nothing to measure. Neighbours and masked pixels are left out of every sum; meanwhile the map
-    labels masked pixels.
+    labels masked pixels, and the jobs `meanwhile` are done by the same processes.
     """
     objects, labels = found
     shapes, sane = sane_shapes(objects)
-    neighbours = {"segmap": labels, "seg_id": np.flatnonzero(sane).astype(np.int32) + 1}
+    ids = np.flatnonzero(sane).astype(np.int32) + 1
     with masked_as_neighbours(labels, field.mask):
+        neighbours = {"segmap": labels, "seg_id": ids}
         kron, kron_flag = kron_radii(field, shapes, neighbours, settings)
+    jobs = list(meanwhile)
+    for start in range(0, max(len(ids), 1), BATCH):
+        some = slice(start, start + BATCH)
+        own = Shapes(*(values[some] for values in shapes))
+        neighbours = {"segmap": labels, "seg_id": ids[some]}
+        jobs.append(partial(measure_some, measure_field, own, kron[some], neighbours, settings))
     with masked_as_neighbours(labels, measure_field.mask):
-        # Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
-        ellipse = {"r": kron, "subpix": 1, **neighbours}
-        flux, error, flag = sum_light(sep.sum_ellipse, measure_field, *shapes, **ellipse)
-        radius = half_light_radii(measure_field, shapes, flux, neighbours)
-        sigma = WINDOW_SIGMA * np.maximum(radius, 0.5)
-        xwin, ywin = windowed_centroids(measure_field, shapes, sigma, neighbours)
-        errors = windowed_errors(measure_field, xwin, ywin, sigma, neighbours)
-        apertures = aperture_fluxes(measure_field, shapes, settings.aperture_diameters, neighbours)
-    fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
-    columns = {name: measure_field.frame.differences(values) for name, values in fluxes.items()}
-    columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin, **errors}
-    measurements = pd.DataFrame(columns, index=np.flatnonzero(sane))
-    measurements[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
-    flags = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
-    # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
-    flags[sane] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
-    return measurements.reindex(range(len(objects))).assign(
-        flag_auto=flags,
-        background=at_objects(measure_field.level_map(), objects),
-        rms=at_objects(measure_field.rms_map(), objects),
+        parts = list(share(jobs, threads))[len(meanwhile) :]
+    measurements = pd.concat(parts).set_index(ids - 1)
+    measurements.loc[(kron_flag & sep.APER_ALLMASKED) > 0, measurements.columns != "flag_auto"] = (
+        np.nan
     )
+    # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
+    measurements["flag_auto"] |= kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED)
+    measurements = measurements.reindex(range(len(objects)))
+    flags = measurements["flag_auto"].fillna(sep.APER_ALLMASKED).astype(np.int64)
+    return measurements.assign(flag_auto=flags)
+
+
+def measure_some(field, shapes, kron, neighbours, settings):
+    """Return what is measured in one field, a row a source; see `measure`."""
+    # Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
+    ellipse = {"r": kron, "subpix": 1, **neighbours}
+    flux, error, flag = sum_light(sep.sum_ellipse, field, *shapes, **ellipse)
+    radius = half_light_radii(field, shapes, flux, neighbours)
+    sigma = WINDOW_SIGMA * np.maximum(radius, 0.5)
+    xwin, ywin = windowed_centroids(field, shapes, sigma, neighbours)
+    errors = windowed_errors(field, xwin, ywin, sigma, neighbours)
+    apertures = aperture_fluxes(field, shapes, settings.aperture_diameters, neighbours)
+    fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
+    columns = {name: field.frame.differences(values) for name, values in fluxes.items()}
+    columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin, **errors}
+    return pd.DataFrame({**columns, "flag_auto": flag.astype(np.int64)})
 
 
 def sane_shapes(objects):
@@ -1480,10 +1749,10 @@ def windowed_centroids(field, shapes, sigma, neighbours):
     _, _, flag = sep.sum_circle(image, x, y, reach, subpix=1, **neighbours)
     crowded, sized = (flag & sep.APER_HASMASKED) > 0, np.isfinite(sigma)
     alone = sized & ~crowded
-    found[:, alone] = sep.winpos(image, x[alone], y[alone], sigma[alone])[:2]
+    found[:, alone] = sep.winpos(image, x[alone], y[alone], sigma[alone], subpix=0)[:2]
     for i in np.flatnonzero(sized & crowded):
         stamp, left, bottom = lone_stamp(image, labels, ids[i], x[i], y[i], reach[i])
-        at_x, at_y, _ = sep.winpos(stamp, [x[i] - left], [y[i] - bottom], [sigma[i]])
+        at_x, at_y, _ = sep.winpos(stamp, [x[i] - left], [y[i] - bottom], [sigma[i]], subpix=0)
         found[:, i] = at_x[0] + left, at_y[0] + bottom
     found[:, np.hypot(found[0] - x, found[1] - y) > STRAY * sigma] = np.nan
     return found
@@ -1660,12 +1929,14 @@ def unit_of_sums(text):
     return (unit * u.pix).to_string()
 
 
-def build_catalog(objects, measurements, wcs, settings, columns):
+def build_catalog(objects, measurements, sky, wcs, settings, columns):
     """Return the catalogue, a row an object, from SEP's objects and what `measure` found of them.
 
-    It has exactly these columns; without a `wcs` the sky positions are nan.
+    `sky` are level and noise of the background at each. The catalogue has exactly these columns;
+    without a `wcs` the sky positions are nan.
     """
     catalog = pd.concat([pd.DataFrame(objects), measurements], axis=1)
+    catalog["background"], catalog["rms"] = sky
     catalog["id"] = np.arange(1, len(objects) + 1)
     catalog["ra"], catalog["dec"] = sky_positions(wcs, objects["x"], objects["y"])
     catalog["elongation"] = catalog["a"] / catalog["b"]
@@ -1707,11 +1978,12 @@ class Result:
 
     origin: Origin
     field: Field
-    segmentation: np.ndarray
-    catalog: pd.DataFrame
+    objects: np.ndarray
+    segmentation: np.ndarray | None
     columns: tuple[Column, ...]  # the catalogue's, with their units
     settings: list[str]  # how it was made, a line each
     image_format: str | None  # "fits", "tiff", or None to go by the extensions of image products
+    catalog: pd.DataFrame | None = None
 
     def history(self, product):
         """Return lines that say what made a product, which one it is, and with what settings."""
@@ -1719,10 +1991,10 @@ class Result:
 
 
 def write_image(product, path, result):
-    """Write an image product; floats as float32, unless the image is float64.
+    """Write an image product, floats as float32 unless the image is float64.
 
     FITS has the unit as BUNIT. TIFF keeps neither WCS nor unit, and labels as the smallest unsigned
-    integers that hold them.
+    integers that hold them. Returned are the values at the objects.
     """
     values = {
         "background": result.field.level_map,
@@ -1730,6 +2002,7 @@ def write_image(product, path, result):
         "segmentation": lambda: result.segmentation,
         "subtracted": lambda: result.field.frame.differences(result.field.residual),
     }[product]()
+    at = at_objects(values, result.objects)
     if values.dtype == np.float64 and result.origin.dtype != "float64":
         values = values.astype(np.float32)
     history = result.history(product)
@@ -1737,7 +2010,7 @@ def write_image(product, path, result):
         if values.dtype.kind == "i":
             values = values.astype(np.min_scalar_type(values.max()))
         tifffile.imwrite(path, values, description="\n".join(history), metadata=None)
-        return
+        return at
     wcs = result.origin.wcs
     with warnings.catch_warnings(action="ignore"):  # of cards that the WCS standard renames
         hdus = wcs.to_fits(relax=True) if wcs else fits.HDUList([fits.PrimaryHDU()])
@@ -1748,6 +2021,7 @@ def write_image(product, path, result):
         for line in history:
             primary.header.add_history(line)
         hdus.writeto(path, overwrite=True, output_verify="exception")
+    return at
 
 
 def write_catalog(path, result):
@@ -1869,18 +2143,18 @@ def show_sources(axes, result):
 
     Masked pixels are under a blue veil, and so are bridged ones, whose values are interpolated.
     """
-    field, catalog = result.field, result.catalog
+    field, objects = result.field, result.objects
     picture, masked = shrink(field.residual, block_means), shrink(field.excluded, block_means)
     picture = drawable(field.frame.differences(picture))
     open_sky = masked <= np.median(masked[masked < 1])
     norm = stretch(picture[open_sky])
     drawn = show_image(axes, picture, field.mask.shape, cmap="gray", norm=norm)
-    title = f"{len(catalog)} source{'s' if len(catalog) != 1 else ''}"
+    title = f"{len(objects)} source{'s' if len(objects) != 1 else ''}"
     if masked.any():
         title += "\nmasked pixels in blue"
         show_image(axes, masked, field.mask.shape, cmap=VEIL, vmin=0, vmax=1)
     axes.set_title(title, loc="left")
-    x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
+    x, y, a, b, theta = (objects[name] for name in ("x", "y", "a", "b", "theta"))
     place = {"units": "xy", "offsets": np.column_stack([x, y]), "offset_transform": axes.transData}
     style = {"facecolors": "none", "edgecolors": "red", "linewidths": 0.8}
     ellipses = EllipseCollection(6 * a, 6 * b, np.degrees(theta), **place, **style)
@@ -1916,7 +2190,7 @@ def draw_overview(path, result):
     width, height = panel_size(labels.shape)
     figure = Figure(figsize=(2 * width + 3, 2 * height + 1.5), dpi=85, layout="compressed")
     panels = figure.subplots(2, 2).ravel()
-    colours = np.random.default_rng(0).uniform(0.3, 1, (len(result.catalog) + 1, 3))
+    colours = np.random.default_rng(0).uniform(0.3, 1, (len(result.objects) + 1, 3))
     colours[0] = 0
     figure.colorbar(show_sources(panels[0], result), ax=panels[0])
     for axes, title, picture, colour_map in (
@@ -1970,11 +2244,19 @@ PRODUCTS = {
 }
 
 
-def write_products(paths, targets, result):
-    """Write each product to the path that `staged` gave it for its target."""
-    for name, path in paths.items():
-        with writing(targets[name]), timed(f"write {name}"):
-            PRODUCTS[name].write(path, result)
+def product_jobs(names, paths, targets, result):
+    """Return the jobs that write these products to the paths that `staged` gave for the targets."""
+    return [
+        partial(write_product, name, paths[name], targets[name], result)
+        for name in names
+        if name in paths
+    ]
+
+
+def write_product(name, path, target, result):
+    """Write a product, and return what its writer does."""
+    with writing(target), timed(f"write {name}"):
+        return PRODUCTS[name].write(path, result)
 
 
 @contextmanager
@@ -2199,6 +2481,8 @@ def build_parser():
     volume = group.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="tell stages and times")
     volume.add_argument("-q", "--quiet", action="store_true", help="tell nothing but errors")
+    text = "processes that share the work; they change nothing else"
+    add_option(group, "--threads", number(int, 1, 1024), text, default=1)
     group.add_argument("--version", action="version", version=SIGNATURE)
     return parser
 
@@ -2277,19 +2561,32 @@ def run(args):
             level = report_header(args, origin)
             field = measure_field = build_field(pixels, mask, noise, method, level)
             report_field(field, values)
-            found = find_sources(field)
+            found = find_sources(field, args.threads)
             report_detections(field, found)
         if measure_pixels is not None:
             with about(measure_origin.name):
                 level = report_header(args, measure_origin)
                 measure_field = build_measure_field(measure_pixels, mask, method, level)
         flag_fields(found, field, measure_field)
-        measurements = measure(field, measure_field, found, photometry)
         columns = catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit)
-        catalog = build_catalog(found.objects, measurements, origin.wcs, photometry, columns)
         history, form = describe_settings(args, origin), args.image_format
-        result = Result(origin, field, found.segmentation, catalog, columns, history, form)
-        write_products(paths, targets, result)
+        result = Result(origin, field, *found, columns, history, form)
+
+        def jobs(*names):
+            return product_jobs(names, paths, targets, result)
+
+        fields = field, measure_field
+        measurements = measure(*fields, found, photometry, args.threads, jobs("overlay"))
+        list(share(jobs("overview", "subtracted", "segmentation"), args.threads))
+        # The labels make room for the maps of the background.
+        found, result = None, replace(result, segmentation=None)
+        sky = list(share(jobs("background", "rms"), args.threads))
+        if measure_field is not field:
+            maps = measure_field.level_map, measure_field.rms_map
+            sky = [at_objects(make(), result.objects) for make in maps]
+        catalog = build_catalog(result.objects, measurements, sky, origin.wcs, photometry, columns)
+        result = replace(result, catalog=catalog)
+        list(share(jobs("catalog", "catalog_fits", "regions"), args.threads))
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
 
@@ -2324,7 +2621,7 @@ def read_mask_and_noise(args, shape):
 
 def describe_settings(args, origin):
     """Return the options that decide what is found, a line each; files by name, without path."""
-    not_told = {"output_dir", "image_format", "verbose", "quiet", *PRODUCTS}
+    not_told = {"output_dir", "image_format", "verbose", "quiet", "threads", *PRODUCTS}
     options = vars(args) | {"hdu": origin.hdu}
     return [
         f"{name} = {value.name if isinstance(value, Path) else value!a}"
