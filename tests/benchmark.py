@@ -1,0 +1,312 @@
+"""Time and memory of whole runs: the tool beside SExtractor, photutils and a naive script.
+
+    tests/benchmark.py [--sizes 360 1024 4096] [--repeats 5] [--only NAME ...]
+
+All of them find the sources of the same simulated skies with the same parameters, and write
+background, RMS, segmentation and a catalogue:
+
+    tool             source_extractor.py in one process, with its picture of the sources
+    tool x2          the same in two
+    SExtractor       with the columns that SEP has: positions, shapes, isophotal fluxes, flags
+    SExtractor full  with AUTO photometry, half-light radii and windowed positions as well
+    photutils        tools/with_photutils.py, where photutils is installed
+    naive            tools/naive.py, with a picture as large as the image
+    imports          python, which only imports what the tool does: the floor of its start-up
+
+They run in turn, so that whatever else the machine does is shared fairly, and a ratio is the median
+of those of the runs of one turn. A run counts only if it wrote all its products; the sources found
+tell whether the work was the same. The first run of each is not timed: the memory of all its
+processes is read then. Prints a table in Markdown for each size:
+
+    largest        peak resident memory of the largest process, in MB
+    together       peak memory of all processes, each page shared out among those that hold it, in
+                   MB; sampled, hence at least the largest's; on Linux only
+    bytes a pixel  by which the peak grows with the image, from the smallest image on
+
+A sky of 32768 x 32768 pixels and what is made of it take 20 GB of disk. Exits with 1 if a program
+failed.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+
+import sextractor
+
+PYTHON = sys.executable
+TESTS = Path(__file__).resolve().parent
+TOOL = TESTS.parent / "source_extractor.py"
+IMPORTS = "import numpy, sep, astropy.io.fits, matplotlib.figure, pandas"
+
+LEVEL, RISE = 100.0, (5.0, -3.0)  # of the background: at the centre; across the image in x, in y
+BAND = 1024  # rows of a sky that are made at a time
+BORDER = 100  # rows; no source reaches further
+
+INTERVAL = 0.02  # seconds between two looks at the memory
+
+MAPS = ("background.fits", "rms.fits", "segmentation.fits")
+PRODUCTS = {  # the catalogue is the last
+    "tool": (*MAPS, "sources.png", "catalog.tsv"),
+    "tool x2": (*MAPS, "sources.png", "catalog.tsv"),
+    "SExtractor": (*MAPS, "catalog.cat"),
+    "SExtractor full": (*MAPS, "catalog.cat"),
+    "photutils": (*MAPS, "catalog.tsv"),
+    "naive": (*MAPS, "sources.png", "catalog.tsv"),
+    "imports": (),
+}
+SLOW = ("photutils", "naive")  # run on no larger image unless asked
+LARGE = 4096  # pixels on a side
+
+SEP_COLUMNS = """
+NUMBER THRESHOLD ISOAREAF_IMAGE XMIN_IMAGE XMAX_IMAGE YMIN_IMAGE YMAX_IMAGE X_IMAGE Y_IMAGE
+X2_IMAGE Y2_IMAGE XY_IMAGE ERRX2_IMAGE ERRY2_IMAGE ERRXY_IMAGE A_IMAGE B_IMAGE THETA_IMAGE
+CXX_IMAGE CYY_IMAGE CXY_IMAGE FLUX_ISO FLUX_MAX XPEAK_IMAGE YPEAK_IMAGE FLAGS ALPHA_J2000
+DELTA_J2000
+"""
+MORE_COLUMNS = """
+FLUX_AUTO FLUXERR_AUTO MAG_AUTO MAGERR_AUTO KRON_RADIUS FLUX_RADIUS XWIN_IMAGE YWIN_IMAGE
+ERRAWIN_IMAGE ERRBWIN_IMAGE ERRTHETAWIN_IMAGE
+"""
+SEXTRACTOR_SETTINGS = {
+    "CATALOG_NAME": "catalog.cat",
+    "CATALOG_TYPE": "ASCII_HEAD",
+    "CHECKIMAGE_TYPE": "BACKGROUND,BACKGROUND_RMS,SEGMENTATION",
+    "CHECKIMAGE_NAME": ",".join(MAPS),
+    "MEMORY_PIXSTACK": 3_000_000,
+}
+
+
+class Run(NamedTuple):
+    """Seconds, bytes of the largest process and of all together (0 if not watched), sources."""
+
+    seconds: float
+    largest: int
+    together: int
+    found: int | None
+
+
+def installed():
+    """Return the names of the programs that are there."""
+    absent = set()
+    if not sextractor.PROGRAM:
+        absent |= {"SExtractor", "SExtractor full"}
+    if not importlib.util.find_spec("photutils"):
+        absent.add("photutils")
+    return [name for name in PRODUCTS if name not in absent]
+
+
+def command(name, image, output):
+    """Return the command of a program for an image and an empty directory, its working one."""
+    match name:
+        case "tool":
+            return [PYTHON, TOOL, image, "-o", output, "-q", "--threads", "1"]
+        case "tool x2":
+            return [PYTHON, TOOL, image, "-o", output, "-q", "--threads", "2"]
+        case "SExtractor":
+            columns = SEP_COLUMNS.split()
+            return [*sextractor.configured(output, columns, **SEXTRACTOR_SETTINGS), image]
+        case "SExtractor full":
+            columns = (SEP_COLUMNS + MORE_COLUMNS).split()
+            return [*sextractor.configured(output, columns, **SEXTRACTOR_SETTINGS), image]
+        case "photutils":
+            return [PYTHON, TESTS / "tools" / "with_photutils.py", image, output]
+        case "naive":
+            return [PYTHON, TESTS / "tools" / "naive.py", image, output]
+        case "imports":
+            return [PYTHON, "-c", IMPORTS]
+
+
+def write_sky(path, size, density):
+    """Write a simulated sky as FITS, band by band, so that it may be larger than memory.
+
+    The imports are here because this runs in a process of its own: a command's peak memory is never
+    less than that of the process that starts it, which therefore has to stay small.
+
+    Parameters
+    ----------
+    path : Path
+    size : int
+        Of its sides in float32 pixels.
+    density : int
+        Pixels for each source.
+
+    Returns
+    -------
+    int
+        How many sources it has, anywhere in it: those across two bands are drawn in both.
+    """
+    import numpy as np
+    from astropy.io import fits
+
+    from sky import light, random_sources, tan_wcs
+
+    header = fits.Header([("SIMPLE", True), ("BITPIX", -32), ("NAXIS", 2)])
+    header.update(NAXIS1=size, NAXIS2=size)
+    header.update(tan_wcs((size, size)).to_header())
+    sources = random_sources((size, size), size * size // density, seed=1)
+    rng = np.random.default_rng(seed=2)
+    with fits.StreamingHDU(path, header) as stream:
+        for first in range(0, size, BAND):
+            rows = min(BAND, size - first)
+            y = sources["y"] - first
+            near = sources[(y > -BORDER) & (y < rows + BORDER)]
+            near["y"] -= first
+            level = LEVEL + RISE[1] * ((first + rows / 2) / size - 0.5)
+            rise = RISE[0], RISE[1] * rows / size
+            image = light((rows, size), near, level=level, gradient=rise)
+            image += rng.standard_normal(image.shape, dtype=np.float32)
+            stream.write(image)
+    return len(sources)
+
+
+def held(pid):
+    """Return the bytes that a process and its descendants hold, their shared pages counted once."""
+    process = Path("/proc", str(pid))
+    try:
+        size = re.search(r"^Pss: +(\d+) kB", (process / "smaps_rollup").read_text(), re.MULTILINE)
+        children = " ".join(path.read_text() for path in process.glob("task/*/children")).split()
+    except OSError:  # it has ended
+        return 0
+    return (int(size[1]) * 1024 if size else 0) + sum(map(held, children))
+
+
+def measure(arguments, directory, watched):
+    """Run a command to its end; return seconds, and bytes of its largest process, and of all."""
+    start = time.perf_counter()
+    process = subprocess.Popen(arguments, cwd=directory)
+    ended = together = 0
+    while not ended:
+        if watched:
+            together = max(together, held(process.pid))
+            time.sleep(INTERVAL)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG if watched else 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, arguments)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return seconds, usage.ru_maxrss * unit, together
+
+
+def count_sources(directory, products):
+    """Return the number of rows in the catalogue, if any; all of the products must be there."""
+    missing = [product for product in products if not (directory / product).is_file()]
+    if missing:
+        raise FileNotFoundError(f"wrote no {', '.join(missing)}")
+    if not products:
+        return None
+    header = 1 if products[-1].endswith(".tsv") else 0
+    with open(directory / products[-1]) as catalog:
+        return sum(not line.startswith("#") for line in catalog) - header
+
+
+def compare(names, image, repeats):
+    """Run programs on an image in turn; return the runs of each that never failed, by name.
+
+    Products lie beside the image, and go at once: all of a large image would fill the disk.
+    """
+    runs = {name: [] for name in names}
+    output = image.with_name("products")
+    for turn in range(repeats + 1):
+        for name in list(runs):
+            output.mkdir()
+            try:
+                results = measure(command(name, image, output), output, watched=turn == 0)
+                runs[name].append(Run(*results, count_sources(output, PRODUCTS[name])))
+            except (OSError, subprocess.CalledProcessError) as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                del runs[name]
+            shutil.rmtree(output)
+    return runs
+
+
+def ratio(some, others):
+    """Return the median of the ratios of the seconds of runs, as text."""
+    if not some:
+        return ""
+    pairs = zip(some, others, strict=True)
+    return f"{statistics.median(one.seconds / other.seconds for one, other in pairs):.2f}"
+
+
+def report(size, runs, smallest):
+    """Print the table of one size; `smallest` has size and peak memory of a program's first."""
+    print(
+        "| program | seconds (fastest, slowest) | tool / it | tool x2 / it "
+        "| largest | together | bytes a pixel | found |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    timed = {name: of_one[1:] for name, of_one in runs.items()}
+    for name, (watched, *others) in runs.items():
+        seconds = [run.seconds for run in others]
+        largest = statistics.median(run.largest for run in others)
+        peak = max(largest, watched.together)
+        first, least = smallest.setdefault(name, (size, peak))
+        cells = [
+            name,
+            f"{statistics.median(seconds):.2f} ({min(seconds):.2f}, {max(seconds):.2f})",
+            ratio(timed.get("tool"), others),
+            ratio(timed.get("tool x2"), others),
+            f"{largest / 1e6:.0f}",
+            f"{peak / 1e6:.0f}" if watched.together else "",
+            f"{(peak - least) / (size**2 - first**2):.1f}" if size > first else "",
+            str(watched.found or ""),
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main(argv=None):
+    """Make a sky of each size, run the programs on it, print the tables; return the exit code."""
+    programs = installed()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[360, 1024, 4096],
+        metavar="PIXELS",
+        help="sides of the skies (360 1024 4096)",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (%(default)s)")
+    parser.add_argument(
+        "--density", type=int, default=2500, help="pixels for each source (%(default)s)"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=programs,
+        metavar="NAME",
+        help=f"of {', '.join(programs)} (all; {' and '.join(SLOW)} up to {LARGE} pixels)",
+    )
+    parser.add_argument("--directory", help="for skies and products, which don't stay there")
+    args = parser.parse_args(argv)
+
+    smallest, failed = {}, False
+    for size in sorted(args.sizes):
+        names = args.only or [name for name in programs if size <= LARGE or name not in SLOW]
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            image = Path(directory, "sky.fits").absolute()
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                number = pool.apply(write_sky, (image, size, args.density))
+            os.sync()  # or the first program's run would wait for it
+            heading = f"{size} x {size} pixels, {number} sources, {args.repeats} runs each"
+            print(f"\n{heading}\n", flush=True)
+            runs = compare(names, image, args.repeats)
+            report(size, runs, smallest)
+        failed |= not runs.keys() >= set(names)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
