@@ -18,7 +18,8 @@ of those of the runs of one turn. A run counts only if it wrote all its products
 tell whether the work was the same. The first run of each is not timed: the memory of all its
 processes is read then. Prints a table in Markdown for each size:
 
-    largest        peak resident memory of the largest process, in MB
+    largest        peak resident memory of the largest process, in MB; no less than that of the
+                   process here, about 20
     together       peak memory of all processes, each page shared out among those that hold it, in
                    MB; sampled, hence at least the largest's; on Linux only
     bytes a pixel  by which the peak grows with the image, from the smallest image on
