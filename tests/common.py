@@ -6,11 +6,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from astropy.io import fits
 
 import source_extractor
 from contract import ON_REQUEST, ONE_ERROR
+from same_as_sep import DEFAULT_KERNEL
 from truth import nearest
 
 SCRIPT = Path(source_extractor.__file__)
@@ -93,3 +95,14 @@ def rows_at(catalog, x, y):
     index, distance = nearest({"x": x, "y": y}, catalog)
     assert distance.max() < 2
     return catalog.iloc[index].reset_index(drop=True)
+
+
+def field_of(
+    image, kernel=DEFAULT_KERNEL, err_option="float_globalrms", mask=None, noise=None, **extraction
+):
+    """Return an image as the `Field` in which its sources are found; keywords as SEP's."""
+    extraction = source_extractor.ExtractionSettings(**extraction)
+    background = source_extractor.BackgroundSettings()
+    method = source_extractor.Method(kernel, err_option, 1, background, extraction, bridge=0)
+    mask = np.zeros(image.shape, bool) if mask is None else mask
+    return source_extractor.build_field(image.copy(), mask, noise, method)

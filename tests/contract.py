@@ -70,8 +70,9 @@ DEFAULTS = {
     "image_format": None,
     "verbose": False,
     "quiet": False,
+    "threads": 1,
 }
-NOT_IN_HISTORY = {"output_dir", "image_format", "verbose", "quiet"}
+NOT_IN_HISTORY = {"output_dir", "image_format", "verbose", "quiet", "threads"}
 
 
 def one_line(kind, text=".+"):

@@ -8,13 +8,9 @@ import sep
 from numpy.testing import assert_allclose, assert_array_equal
 
 import source_extractor
-from common import DATA, rows_at
+from common import DATA, field_of, rows_at
 from same_as_sep import CUT, DEFAULT_KERNEL, clean_plainly, correlate, direct, margins, rank_of_sep
 from source_extractor import (
-    BackgroundSettings,
-    ExtractionSettings,
-    Method,
-    build_field,
     close_pairs,
     filter_pixels,
     find_sources,
@@ -57,13 +53,6 @@ def deep_field():
     """Return the deep field, its counts spread over their quantum, so that SEP gets its level."""
     _, counts = read_image(DATA / "hubble_deep_field.tiff", None, 0)
     return counts + np.random.default_rng(10).uniform(-0.5, 0.5, counts.shape).astype(np.float32)
-
-
-def field_of(image, kernel=DEFAULT_KERNEL, err_option="float_globalrms", mask=None, **extraction):
-    extraction = ExtractionSettings(**extraction)
-    method = Method(kernel, err_option, 1, BackgroundSettings(), extraction, bridge=0)
-    mask = np.zeros(image.shape, bool) if mask is None else mask
-    return build_field(image.copy(), mask, None, method)
 
 
 def found_near(objects, x, y):
