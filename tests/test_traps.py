@@ -25,7 +25,7 @@ ROWS = [
 ]
 
 # Rows that no test tries: that would read another's memory, or need a clock.
-UNTRIED = ("`fw` or `fh` of -3", "many objects", "several threads")
+UNTRIED = ("`fw` or `fh` of -3", "many objects", "many levels", "several threads")
 
 # What ends the interpreter, by the row that it belongs to.
 FATAL = {
@@ -518,3 +518,16 @@ def test_sep_runs_to_a_brighter_neighbour(image):
     x, _, flag = sep.winpos(image, [30.3], [40.2], [2.5])
     assert x == pytest.approx(38, abs=0.1)
     assert flag == 0
+
+
+@trap("a blend, elsewhere")
+def test_sep_deals_out_pixels_by_lots_of_each_call():
+    shape = 80, 70
+    blend = star(shape, 30, 40, 400) + star(shape, 38, 40, 300)
+    image = np.tile(blend, (2, 1)).astype(np.float32)
+    both = [sep.extract(part, 0.5, segmentation_map=True)[1] for part in (image, image[:80])]
+    first, second = np.split(both[0], 2)
+    assert first.max() == 2
+    assert (first == both[1]).all()
+    assert (first > 0).tolist() == (second > 0).tolist()
+    assert (first != second - 2 * (second > 0)).any()

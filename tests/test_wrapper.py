@@ -28,7 +28,7 @@ ALWAYS = {name for name, product in PRODUCTS.items() if product.default}
 IN_THE_FORM = {
     option: action
     for option, action in ACTIONS.items()
-    if action.dest not in ALWAYS | {"output_dir", "verbose", "quiet", "version", "help"}
+    if action.dest not in ALWAYS | {"output_dir", "verbose", "quiet", "threads", "version", "help"}
 }
 
 
