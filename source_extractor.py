@@ -1102,13 +1102,15 @@ def global_rms(background):
 # Sharing the work
 # ---------------------------------------------------------------------------------------------
 
-
 LONG = 16  # jobs, from which on a terminal is shown the progress
 
 
 def shared_zeros(shape, dtype):
     """Return an array of zeros that all processes which share the work can write to."""
-    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+    try:
+        memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+    except OSError as error:
+        raise MemoryError from error
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
@@ -1136,25 +1138,34 @@ def share(jobs, threads):
     crew, done, numbers = {}, {}, iter(range(len(jobs)))
     try:
         for number in islice(numbers, threads):
-            process, connection = hire(jobs, crew)
-            crew[connection] = process
-            connection.send(number)
+            with together():
+                process, connection = hire(jobs, crew)
+                crew[connection] = process
+                connection.send(number)
         for number in range(len(jobs)):
             while number not in done:
                 for connection in wait(crew):
-                    done |= connection.recv()
-                    for following in islice(numbers, 1):
-                        connection.send(following)
+                    with together():
+                        done |= connection.recv()
+                        for following in islice(numbers, 1):
+                            connection.send(following)
             if isinstance(done[number], Exception):
                 raise done[number]
             yield done.pop(number)
-    except (EOFError, ConnectionError) as error:
-        text = "a process that shared the work was killed; is memory short? take fewer (--threads)"
-        raise InputError(text) from error
     finally:
         for process in crew.values():
             process.kill()
             process.join()
+
+
+@contextmanager
+def together():
+    """Tell as an `InputError` that a process is gone that shared the work, or could not start."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        text = "a process that shared the work was killed; is memory short? take fewer (--threads)"
+        raise InputError(text) from error
 
 
 def hire(jobs, crew):
@@ -1180,7 +1191,7 @@ def serve(jobs, connection, others):
     for signum in STOPS:
         signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    with suppress(EOFError, ConnectionError):
+    with suppress(EOFError, OSError):
         while True:
             number = connection.recv()
             try:
