@@ -445,10 +445,24 @@ def test_main_takes_its_arguments_from_the_command_line(write, stars, tmp_path, 
     assert len(list((tmp_path / "o").iterdir())) == 5
 
 
-def test_the_installed_command_is_main():
+def test_the_installed_command_is_that_of_the_script():
     project = tomllib.loads(SCRIPT.with_name("pyproject.toml").read_text())["project"]
     target = project["scripts"]["source_extractor"]
-    assert pkgutil.resolve_name(target) is source_extractor.main
+    assert pkgutil.resolve_name(target) is source_extractor.command
+
+
+def test_a_run_imports_only_what_it_needs(write, stars, tmp_path):
+    code = """import sys, source_extractor
+print(*sys.modules)
+source_extractor.main(sys.argv[1:])
+print(*sys.modules)"""
+    command = sys.executable, "-c", code, write(stars), "-q", "-o", tmp_path / "products"
+    said = subprocess.check_output(command, cwd=SCRIPT.parent, text=True, timeout=60)
+    before, after = (set(line.split()) for line in said.splitlines())
+    assert "matplotlib" not in before
+    assert "matplotlib.figure" in after
+    unneeded = {f"astropy.{part}" for part in ("coordinates", "table", "wcs")}
+    assert not {"matplotlib.pyplot", "tifffile", *unneeded} & after
 
 
 def test_the_script_runs_as_a_file(write, stars, tmp_path):
