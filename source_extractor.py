@@ -58,7 +58,6 @@ import pandas as pd
 import sep
 from astropy import units as u
 from astropy.io import fits
-from astropy.utils.console import ProgressBar
 from numpy.lib.stride_tricks import sliding_window_view
 
 # Everything else is imported where it is used: a run does without most of it.
@@ -915,6 +914,11 @@ class Field:
         }
         return replace(self, noise=noise, **arrays)
 
+    def bridged(self):
+        """Return rows and columns of bridged pixels."""
+        none = self.mask is self.excluded
+        return ([], []) if none else np.nonzero(self.excluded & ~self.mask)
+
     def level_map(self):
         """Return the background in image values."""
         return self.frame.levels(self.background.back())
@@ -1211,6 +1215,8 @@ def progress(stage, results, total):
     if total < LONG or not sys.stderr.isatty() or log.level != logging.INFO:
         yield from results
         return
+    from astropy.utils.console import ProgressBar
+
     print(f"{stage}:", file=sys.stderr)
     with ProgressBar(total, file=sys.stderr) as bar:
         for result in results:
@@ -1449,8 +1455,7 @@ def number_labels(labels, strip, ids, starts, apart):
 def flag_fields(found, field, measure_field):
     """Flag the objects, in place, that hold saturated or bridged pixels in any of the fields."""
     for each in (field, measure_field):
-        bridged = np.nonzero(each.excluded > each.mask)
-        for where, bit in ((each.saturated, SATURATED), (bridged, BRIDGED)):
+        for where, bit in ((each.saturated, SATURATED), (each.bridged(), BRIDGED)):
             labels = np.unique(found.segmentation[where])
             found.objects["flag"][labels[labels > 0] - 1] |= bit
 
