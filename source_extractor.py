@@ -69,6 +69,8 @@ __version__ = "1.0.0"
 PROG = "source_extractor.py"
 SIGNATURE = f"{PROG} {__version__} (sep {sep.__version__})"
 
+PORTION = 2**18  # pixels, or pairs of objects, to work on at a time
+
 log = logging.getLogger("source_extractor")
 
 
@@ -745,6 +747,10 @@ def build_mask(pixels, mask, noise, boxes):
     return excluded
 
 
+# What a map of gaps holds; else the turn in which a pixel was filled, 0 of one always good.
+NARROW = 254
+WIDE = 255
+
 # A gap takes the values of a Gaussian where a pixel beside it is this many times the noise above
 # the background; of none whose FWHM (pixels) is smaller.
 BRIGHT = 5.0
@@ -761,32 +767,59 @@ def bridge(image, noise, excluded, rms, widest):
     """
     if not widest or not excluded.any():
         return excluded
-    # Where full squares of masked pixels begin, and what lies in or beside any of them.
-    padded = np.pad(excluded, widest + 1)
-    squares = sliding_window_view(padded, np.add(excluded.shape, widest + 2)).all(axis=(0, 1))
-    wide = sliding_window_view(squares, excluded.shape).any(axis=(0, 1))
-    state = excluded + (excluded & wide).astype(np.uint8)  # 0 good, 1 narrow, 2 wide
-    y, x = np.nonzero(state == 1)
-    for width in range(1, widest + 1):
-        fill_gaps(image, noise, state, y, x, rms, width)
-        fill_gaps(image.T, np.transpose(noise), state.T, x, y, rms, width)
-    return state > 0
+    state = narrow_or_wide(excluded, widest)
+    for turn in range(1, 2 * widest + 1):  # rows and columns of each width
+        for y, x in narrow_pixels(state):
+            if turn % 2:
+                fill_gaps(image, noise, state, y, x, rms, turn)
+            else:
+                fill_gaps(image.T, np.transpose(noise), state.T, x, y, rms, turn)
+    return state >= NARROW
 
 
-def fill_gaps(image, noise, state, y, x, rms, width):
-    """Fill gaps of one width along the rows, in place: those that begin at a pixel of (y, x)."""
+def narrow_or_wide(excluded, widest):
+    """Return a map of the excluded pixels: WIDE in or beside larger squares, the others NARROW."""
+    state = np.multiply(excluded, NARROW, dtype=np.uint8)
+    rim = widest + 1
+    for rows in portions(excluded.shape):
+        top = max(rows.start - rim, 0)
+        padded = np.pad(excluded[top : rows.stop + rim], rim)
+        # Where full squares begin, and what lies in or beside any of them.
+        squares = sliding_window_view(padded, np.subtract(padded.shape, widest)).all(axis=(0, 1))
+        if squares.any():
+            near = sliding_window_view(squares, np.subtract(padded.shape, 2 * rim)).any(axis=(0, 1))
+            part = state[rows]
+            part[(part == NARROW) & near[rows.start - top :][: len(part)]] = WIDE
+    return state
+
+
+def narrow_pixels(state):
+    """Yield, in portions, the places (y, x) that are NARROW yet."""
+    for start in range(0, state.size, PORTION):
+        where = np.flatnonzero(state.ravel()[start : start + PORTION] == NARROW)
+        if where.size:
+            yield np.divmod(start + where, state.shape[1])
+
+
+def fill_gaps(image, noise, state, y, x, rms, turn):
+    """Fill gaps along the rows, in place: those of a turn that begin at a pixel of (y, x).
+
+    What the same turn has filled is not good yet, so that it doesn't matter what comes first.
+    """
+    width = (turn + 1) // 2
     step = np.arange(-2, width + 4)  # from the last pixel before the gap; three on each side
     place = x[:, None] - 1 + step
     at = np.clip(place, 0, state.shape[1] - 1)
-    seen = np.where(at == place, state[y[:, None], at], 2)
-    closed = (seen[:, 2:-2] == [0, *width * [1], 0]).all(axis=1)
-    y, at, good = y[closed, None], at[closed], seen[closed] == 0
+    seen = np.where(at == place, state[y[:, None], at], WIDE)
+    good = seen < turn
+    closed = good[:, 2] & good[:, -3] & (seen[:, 3:-3] == NARROW).all(axis=1)
+    y, at, good = y[closed, None], at[closed], good[closed]
     gap = y, at[:, 3:-3]
     for plane, spread in ((image, rms), (noise, math.inf)):
         if np.ndim(plane):
             values = plane[y, at].astype(np.float64)
             plane[gap] = interpolate(values, good, step, spread)[:, 3:-3]
-    state[gap] = 0
+    state[gap] = turn
 
 
 def interpolate(values, good, step, rms):
@@ -819,6 +852,12 @@ def interpolate(values, good, step, rms):
 def usable(noise):
     """Tell where standard deviations are finite and positive."""
     return (noise > 0) & np.isfinite(noise)
+
+
+def portions(shape):
+    """Return slices of rows that make up an image (ny, nx), each of up to `PORTION` pixels."""
+    height = max(1, PORTION // shape[1])
+    return [slice(top, top + height) for top in range(0, shape[0], height)]
 
 
 def sample(image, mask):
@@ -854,9 +893,10 @@ class Frame:
 
     def enter(self, image):
         """Bring an image into the frame, in place."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            image -= self.offset
-            image /= self.scale
+        if self != Frame():
+            with np.errstate(over="ignore", invalid="ignore"):
+                image -= self.offset
+                image /= self.scale
 
     def levels(self, values):
         """Bring levels back into image values, in place, and return them."""
@@ -958,27 +998,29 @@ def build_field(pixels, mask, noise, method, saturation=math.nan):
     Parameters
     ----------
     pixels, mask, noise : ndarray, shape (ny, nx)
-        The caller gives up the pixels: they become the residual, in place. A noise image is for the
-        method's `err_option` "file", else None.
+        The caller gives up the pixels and the noise: in place they become the residual and its
+        noise. A noise image is for the method's `err_option` "file", else None.
     method : Method
     saturation : float
         Level of saturated pixels, in image values; nan if there is none.
     """
-    saturated = np.nonzero(pixels >= saturation)
+    saturated = ([], []) if math.isnan(saturation) else np.nonzero(pixels >= saturation)
     frame = Frame.of(pixels, mask)
     frame.enter(pixels)
-    if not -LARGEST < pixels.min() <= pixels.max() < LARGEST:
+    low, high = (extreme.reduce(pixels, axis=None) for extreme in (np.fmin, np.fmax))
+    if not -LARGEST < low <= high < LARGEST:
         mask = mask | too_large(pixels)
     method = method.within(frame)
     if noise is not None:
         with np.errstate(over="ignore"):
-            noise = noise / frame.scale
+            noise /= frame.scale
 
-    def field_of(residual, background):
+    def field_of(pixels, noise, background):
+        background.subfrom(pixels)
         excluded, settled = settle_noise(mask, noise, background, method)
         rms = global_rms(background)
-        unbridged = bridge(residual, settled, excluded, rms, method.bridge)
-        return Field(residual, excluded, unbridged, saturated, settled, background, method, frame)
+        unbridged = bridge(pixels, settled, excluded, rms, method.bridge)
+        return Field(pixels, excluded, unbridged, saturated, settled, background, method, frame)
 
     background = estimate_background(pixels, mask, method.background)
     if background is None:
@@ -987,10 +1029,13 @@ def build_field(pixels, mask, noise, method, saturation=math.nan):
             "of its pixels unmasked; mask less, or take other background boxes (--bw and --bh)"
         )
     if method.background_passes == 2:
-        first = field_of(pixels - background, background)
-        background = estimate_again(pixels, mask, first) or background
-    background.subfrom(pixels)
-    return field_of(pixels, background)
+        copies = (None if array is None else array.copy() for array in (pixels, noise))
+        covered = cover_sources(mask, field_of(*copies, background))
+        second = estimate_background(pixels, covered, method.background)
+        if second is None:
+            log.warning("sources fill every background box: kept the background of the first pass")
+        background = second or background
+    return field_of(pixels, noise, background)
 
 
 def build_measure_field(pixels, mask, method, saturation):
@@ -1004,19 +1049,20 @@ def build_measure_field(pixels, mask, method, saturation):
 
 def too_large(pixels):
     """Tell where values are too large for SEP to sum, or no numbers."""
-    return ~(np.abs(pixels) < LARGEST)
+    return ~((pixels > -LARGEST) & (pixels < LARGEST))
 
 
 def settle_noise(mask, noise, background, method):
     """Return the mask and the noise of a field, as its method wants them.
 
-    `noise` is that of a noise image, or None. Raises InputError if it is of another order of
-    magnitude than float32 can hold beside the image.
+    `noise` is that of a noise image, which the caller gives up, or None. Raises InputError if it is
+    of another order of magnitude than float32 can hold beside the image.
     """
     overall = global_rms(background)
     if method.err_option in ("none", "float_globalrms") or (noise is None and overall == 0):
         return mask, overall
-    noise = background.rms() if noise is None else noise.copy()
+    if noise is None:
+        noise = background.rms()
     mask = mask | ~usable(noise)
     if mask.all():
         raise InputError("no noise can be used beside its pixel; is it in the image's unit?")
@@ -1033,9 +1079,12 @@ def estimate_background(pixels, mask, settings):
     """
     # SEP allocates whole boxes, also those larger than the image.
     settings = settings.cut_to(pixels.shape)
-    if mask.any() and (box_sums(~mask, settings) < box_sums(mask, settings)).all():
-        return None  # it takes no box of which less than half is unmasked
-    keywords = {"mask": mask if mask.any() else None, **asdict(settings)}  # None is faster
+    masked = np.count_nonzero(mask)
+    if 2 * masked > mask.size:
+        good, bad = (box_sums(side, settings, mask) for side in (np.logical_not, np.asarray))
+        if (good < bad).all():
+            return None  # it takes no box of which less than half is unmasked
+    keywords = {"mask": mask if masked else None, **asdict(settings)}  # None is faster
     background = sep.Background(pixels, **keywords)
     values = sample(pixels, mask)
     quantum = quantum_of(values)
@@ -1060,24 +1109,24 @@ def quantum_of(values):
     return quantum if steps.size and (np.abs(steps / quantum % 1 - 0.5) > 0.4).all() else 0.0
 
 
-def box_sums(where, mesh):
-    """Return of how many pixels in each background box a map (ny, nx) is True."""
-    tops = range(0, where.shape[0], mesh.bh)
-    rows = np.stack([where[top : top + mesh.bh].sum(axis=0) for top in tops])
-    return np.add.reduceat(rows, np.arange(0, where.shape[1], mesh.bw), axis=1)
+def box_sums(condition, mesh, *images):
+    """Return of how many pixels in each background box a condition of images (ny, nx) is True."""
+    ny, nx = images[0].shape
+    sums = []
+    for top in range(0, ny, mesh.bh):
+        where = condition(*(image[top : top + mesh.bh] for image in images))
+        rows = where.sum(axis=0, dtype=np.int32)
+        sums.append(np.add.reduceat(rows, np.arange(0, nx, mesh.bw)))
+    return np.stack(sums)
 
 
-def estimate_again(pixels, mask, first):
-    """Return the background with the sources of a first `Field` masked, or None if that fails."""
+def cover_sources(mask, first):
+    """Return a mask with the sources of a first `Field` covered; as it was if there is no noise."""
     if first.is_noiseless():
-        return None
+        return mask
     found = find_sources(first)
     warn_of_boxes(first, found)
-    grown = grow_mask(mask, found.objects)
-    background = estimate_background(pixels, grown, first.method.background)
-    if background is None:
-        log.warning("sources fill every background box: kept the background of the first pass")
-    return background
+    return grow_mask(mask, found.objects)
 
 
 def grow_mask(mask, objects):
@@ -1090,14 +1139,23 @@ def grow_mask(mask, objects):
 
 
 def noise_raised_by_mask(field):
-    """Return the global RMS over that without the mask; 1 if it hides little, or there is none."""
-    worthless = too_large(field.residual[field.mask])
-    if np.count_nonzero(~worthless) <= MUCH_MASKED * field.mask.size:
+    """Return the global RMS over that without the mask; 1 if it hides little, or there is none.
+
+    That without the mask is of up to 32 x 32 background boxes from all over the image.
+    """
+    if np.count_nonzero(field.mask) <= MUCH_MASKED * field.mask.size:
         return 1.0
-    bad = field.mask.copy()
-    bad[field.mask] = worthless
-    pixels = field.background.back() + field.residual
-    whole = global_rms(estimate_background(pixels, bad, field.method.background))
+    settings, places = field.method.background.cut_to(field.mask.shape), []
+    for length, box in zip(field.mask.shape, (settings.bh, settings.bw), strict=True):
+        step = max(1, length // (16 * box))
+        places.append(np.flatnonzero(np.arange(length) // box % step == 0))
+    some = np.ix_(*places)
+    mask, residual = field.mask[some], field.residual[some]
+    worthless = mask & too_large(residual)
+    if np.count_nonzero(mask & ~worthless) <= MUCH_MASKED * mask.size:
+        return 1.0
+    pixels = field.background.back()[some] + residual
+    whole = global_rms(estimate_background(pixels, worthless, settings))
     return global_rms(field.background) / whole if whole else 1.0
 
 
@@ -1245,7 +1303,6 @@ BESIDE_MASK = 512
 CLEAN_ZONE = 10.0  # SExtractor's: how far cleaning looks, in units of the sum of both a
 COPY = 40  # bytes of SEP's copy of a pixel
 DEBLENDING = 3e9  # bytes, the most that SEP may copy to deblend an object
-PORTION = 2**18  # pairs of objects to work on at a time
 LARGE_KERNEL = 200  # elements, from which on a Fourier transform is faster
 
 # What the cleaning needs of an object: the profile by which it eats, its light, and the margin by
@@ -2736,11 +2793,16 @@ def describe_settings(args, origin):
 
 def report_image(origin, pixels, mask):
     """Tell what was read, and how much of it is masked; return a sample of it, without padding."""
-    bad = np.count_nonzero(~np.isfinite(pixels[mask]))
+    bad = sum(np.count_nonzero(~np.isfinite(pixels[at][mask[at]])) for at in portions(mask.shape))
+    part = 100 * np.count_nonzero(mask) / mask.size
     log.info("image         %s: %d x %d %s", origin.name, *pixels.shape[::-1], origin.dtype)
-    log.info("masked        %.2f %% (%d pixels have no finite value)", 100 * mask.mean(), bad)
+    log.info("masked        %.2f %% (%d pixels have no finite value)", part, bad)
     values = sample(pixels, mask)
     return values[values != padding_of(origin, pixels, mask)]
+
+
+# Which part of the blocks of an image must be padding for it to be told.
+PADDED = 0.02
 
 
 def padding_of(origin, pixels, mask):
@@ -2748,13 +2810,20 @@ def padding_of(origin, pixels, mask):
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     values, counts = np.unique(border, return_counts=True)
     value = values[counts.argmax()]
-    same, mesh = (pixels == value) & ~mask, BackgroundSettings(bw=32, bh=32)
-    inside, outside = box_sums(same, mesh), box_sums(~same & ~mask, mesh)
+
+    def count(compare, step=1):
+        """Return how many pixels of each block compare so, of every `step`-th row and column."""
+        mesh, seen = BackgroundSettings(bw=32 // step, bh=32 // step), np.s_[::step, ::step]
+        return box_sums(lambda p, m: compare(p, value) & ~m, mesh, pixels[seen], mask[seen])
+
+    if np.mean(count(np.not_equal, 8) == 0) <= PADDED:
+        return math.nan
+    inside, outside = count(np.equal), count(np.not_equal)
     padded, rare = (inside > 0) & (outside == 0), 9 * inside < outside
-    if padded.mean() > 0.02 and 2 * rare.sum() > (outside > 0).sum():
+    if padded.mean() > PADDED and 2 * rare.sum() > (outside > 0).sum():
         text = "%.0f %% of the image is exactly %s: if it is padding, name it (--blank %s)"
         stored = value if origin.black is None else origin.black - value
-        log.warning(text, 100 * same.mean(), stored, stored)
+        log.warning(text, 100 * inside.sum() / mask.size, stored, stored)
         return value
     return math.nan
 
@@ -2839,9 +2908,14 @@ def report_detections(field, found):
         log.warning("the image is constant: no sources")
     elif not len(found.objects):
         unit = 1 if field.method.err_option == "none" else typical_noise(field)
-        above = field.residual > np.float64(field.method.extraction.thresh * unit)
-        above &= ~too_large(field.residual)
-        part = 100 * (above & field.mask).sum() / max(above.sum(), 1)
+        above = hidden = 0
+        for rows in portions(field.mask.shape):
+            light = field.residual[rows]
+            bright = light > np.float64(field.method.extraction.thresh * unit)
+            bright &= ~too_large(light)
+            above += np.count_nonzero(bright)
+            hidden += np.count_nonzero(bright & field.mask[rows])
+        part = 100 * hidden / max(above, 1)
         advice = f"; the mask hides {part:.0f} % of the pixels above the threshold: mask less"
         text = "no sources found: the catalogue and the segmentation map are empty%s"
         log.warning(text, advice if part > 50 else "")
@@ -2855,8 +2929,8 @@ def typical_noise(field):
 def warn_of_boxes(field, found):
     """Tell if sources fill background boxes, and which boxes would be large enough for them."""
     settings = field.method.background.cut_to(field.mask.shape)
-    own = box_sums(found.segmentation > 0, settings)
-    good = box_sums(~field.mask, settings)
+    own = box_sums(lambda labels: labels > 0, settings, found.segmentation)
+    good = box_sums(np.logical_not, settings, field.mask)
     full = (2 * own > good) & (4 * good > 3 * settings.bw * settings.bh)  # no strip at the edge
     widest = max(settings.bw, settings.bh)
     if not full.any() or widest == max(field.mask.shape):

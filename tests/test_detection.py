@@ -21,6 +21,7 @@ from same_as_sep import (
     direct,
 )
 from sky import blobs, galaxies, random_sources, simulate, stars, vstack
+from source_extractor import BackgroundSettings, ExtractionSettings, Method, build_field
 
 FLUXES = ["thresh", "cflux", "flux", "cpeak", "peak"]
 
@@ -471,6 +472,14 @@ def test_second_pass_respects_the_mask(run, write, stars):
     box = "--mask-box", 60, 109, 40, 89
     result = run(write(image), *box, "--background-passes", 2)
     assert np.abs(result.image("background") - 100).max() < 1
+
+
+def test_both_passes_mask_what_has_no_noise(stars):
+    noise, block = np.ones(SHAPE, np.float32), np.s_[40:90, 60:110]
+    noise[block] = 0
+    settings = BackgroundSettings(), ExtractionSettings()
+    method = Method(DEFAULT_KERNEL, "file", 2, *settings)
+    assert build_field(stars, np.zeros(SHAPE, bool), noise, method).mask[block].all()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """Narrow gaps: which masks are bridged, with what values, and what the catalogue says of it."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from astropy.io import fits
 
+import source_extractor
 from common import rows_at
 from sky import galaxies, grid_positions, simulate, stars, vstack
 from source_extractor import bridge
@@ -329,3 +332,41 @@ def test_nothing_beyond_the_edge_is_taken_for_data():
     image = np.where(mask, np.nan, star)
     assert not bridge(image, 1.0, mask, 1.0, 3).any()
     np.testing.assert_allclose(image[mask].sum(), star[mask].sum(), rtol=0.02)
+
+
+# In portions
+
+
+def holes():
+    """Return a mask of single pixels, most of them narrow gaps that cross, and of wide ones."""
+    mask = np.random.default_rng(4).random(SHAPE) < 0.3
+    mask[50:70, 60:90] = mask[:, :2] = mask[100:103, 30:200] = True
+    return mask
+
+
+@pytest.mark.parametrize("widest", [1, 3, 5])
+@pytest.mark.parametrize("portion", [50, 7000])
+def test_portions_change_nothing_but_roundings(monkeypatch, portion, widest):
+    mask, bridges = holes(), []
+    for pixels in (portion, mask.size):
+        monkeypatch.setattr(source_extractor, "PORTION", pixels)
+        image, noise = field() - 100, np.where(mask, 1e30, 1 + np.indices(SHAPE)[1] / 100)
+        image[mask] = np.nan
+        bridges.append((bridge(image, noise, mask, 1.0, widest), image, noise))
+    (left, image, noise), (whole_left, whole_image, whole_noise) = bridges
+    assert 0 < np.count_nonzero(left) < np.count_nonzero(mask)
+    np.testing.assert_array_equal(left, whole_left)
+    np.testing.assert_allclose(image, whole_image, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(noise, whole_noise, rtol=1e-9)
+
+
+def test_bridges_take_the_memory_of_a_few_masks(monkeypatch):
+    monkeypatch.setattr(source_extractor, "PORTION", 1000)
+    image, mask = field() - 100, holes()
+    tracemalloc.start()
+    try:
+        bridge(image, 1.0, mask, 1.0, 3)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * mask.size + 500 * source_extractor.PORTION

@@ -1,16 +1,19 @@
 """What a pixel is worth: quality bits, blank values, saturation."""
 
+import itertools
 import re
 
 import numpy as np
 import pytest
 import tifffile
 from astropy.io import fits
+from numpy.testing import assert_equal
 
 from common import SHAPE, rows_at
 from contract import one_line
 from same_as_sep import assert_same, direct
 from sky import random_sources, simulate, stars
+from source_extractor import Origin, padding_of
 
 BLOCK = np.s_[85:116, 10:56]  # holds the star at (30, 95) of the fixture, and no other
 
@@ -192,6 +195,36 @@ def test_what_is_no_padding_costs_no_warning(run, write, name):
     result = run(write(image.astype("f4")), "--err-option", "none", "--thresh", 50)
     assert result.code == 0
     assert "exactly" not in result.err
+
+
+def padding_by_every_pixel(image, mask):
+    """Return what is padding, by all blocks of 32 x 32 pixels, one by one; nan if nothing is."""
+    border = np.r_[image[0], image[-1], image[:, 0], image[:, -1]]
+    values, counts = np.unique(border, return_counts=True)
+    value = values[counts.argmax()]
+    corners = itertools.product(range(0, image.shape[0], 32), range(0, image.shape[1], 32))
+    blocks = [np.s_[y : y + 32, x : x + 32] for y, x in corners]
+    same = [image[block][~mask[block]] == value for block in blocks]
+    inside, outside = (np.array([np.sum(s == side) for s in same]) for side in (True, False))
+    padded, rare = (inside > 0) & (outside == 0), 9 * inside < outside
+    found = padded.mean() > 0.02 and 2 * rare.sum() > (outside > 0).sum()
+    return value if found else np.nan
+
+
+def test_padding_is_found_whatever_is_masked_of_it():
+    rng, found = np.random.default_rng(2), []
+    for number in range(200):
+        shape = tuple(rng.integers(20, 400, 2))
+        image = rng.poisson(rng.choice([0.1, 3, 1000]), shape).astype(np.float32)
+        mask = rng.random(shape) < rng.choice([0, 0.1, 0.99])
+        for each in (image, image, mask):
+            y, x = (rng.integers(0, length) for length in shape)
+            each[y : y + rng.integers(1, 150), x : x + rng.integers(1, 150)] = each is mask
+        image[: number % 3] = 0
+        expected = padding_by_every_pixel(image, mask)
+        found.append(expected == 0)
+        assert_equal(padding_of(Origin("image", "float32"), image, mask), expected)
+    assert 20 < sum(found) < 180
 
 
 # Saturation

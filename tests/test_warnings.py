@@ -140,11 +140,19 @@ def test_a_mask_of_the_quiet_part_costs_a_warning_with_its_factor(run, write, im
     assert float(factor) == pytest.approx(expected, rel=0.1)
 
 
-def raised_by_masking(image, where):
+def test_some_of_many_boxes_are_enough_to_tell(run, write):
+    image, box = sky_of(12, 176), 8
+    result = run(write(image), "--mask-box", 0, 175, 0, SIDE - 1, "--bw", box, "--bh", box)
+    (factor,) = NOISIER.findall(result.err)
+    expected = raised_by_masking(image, np.s_[:, :176], box)
+    assert float(factor) == pytest.approx(expected, rel=0.1)
+
+
+def raised_by_masking(image, where, box=BOX):
     """Return how many times its global RMS an image's is with a part of it masked."""
     mask = np.zeros(image.shape, bool)
     mask[where] = True
-    masked, whole = (sep.Background(image, mask=m, bw=BOX, bh=BOX) for m in (mask, None))
+    masked, whole = (sep.Background(image, mask=m, bw=box, bh=box) for m in (mask, None))
     return masked.globalrms / whole.globalrms
 
 
