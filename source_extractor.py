@@ -990,7 +990,7 @@ class Field:
 
 
 @timed("build field")
-def build_field(pixels, mask, noise, method, saturation=math.nan):
+def build_field(pixels, mask, noise, method, saturation=math.nan, threads=1):
     """Estimate the background of an image, take it off, and bridge narrow gaps in what is left.
 
     Raises InputError if too little of the image is unmasked.
@@ -1003,6 +1003,8 @@ def build_field(pixels, mask, noise, method, saturation=math.nan):
     method : Method
     saturation : float
         Level of saturated pixels, in image values; nan if there is none.
+    threads : int
+        Processes to search with, for the second of two passes.
     """
     saturated = ([], []) if math.isnan(saturation) else np.nonzero(pixels >= saturation)
     frame = Frame.of(pixels, mask)
@@ -1030,7 +1032,7 @@ def build_field(pixels, mask, noise, method, saturation=math.nan):
         )
     if method.background_passes == 2:
         copies = (None if array is None else array.copy() for array in (pixels, noise))
-        covered = cover_sources(mask, field_of(*copies, background))
+        covered = cover_sources(mask, field_of(*copies, background), threads)
         second = estimate_background(pixels, covered, method.background)
         if second is None:
             log.warning("sources fill every background box: kept the background of the first pass")
@@ -1038,13 +1040,13 @@ def build_field(pixels, mask, noise, method, saturation=math.nan):
     return field_of(pixels, noise, background)
 
 
-def build_measure_field(pixels, mask, method, saturation):
+def build_measure_field(pixels, mask, method, saturation, threads):
     """Return the `Field` of the measure image, under the mask of the other one.
 
     The pixels become its residual, in place.
     """
     mask = build_mask(pixels, mask, None, [])
-    return build_field(pixels, mask, None, method.for_measuring(), saturation)
+    return build_field(pixels, mask, None, method.for_measuring(), saturation, threads)
 
 
 def too_large(pixels):
@@ -1120,11 +1122,11 @@ def box_sums(condition, mesh, *images):
     return np.stack(sums)
 
 
-def cover_sources(mask, first):
+def cover_sources(mask, first, threads):
     """Return a mask with the sources of a first `Field` covered; as it was if there is no noise."""
     if first.is_noiseless():
         return mask
-    found = find_sources(first)
+    found = find_sources(first, threads)
     warn_of_boxes(first, found)
     return grow_mask(mask, found.objects)
 
@@ -2708,6 +2710,7 @@ def product_paths(args):
 def run(args):
     """Do the whole work, from the image to its products."""
     method, photometry = choose_method(args), settings_from(args, PhotometrySettings)
+    threads = args.threads
     origin, pixels = read_image(args.image, args.hdu, args.plane, args.blank)
     mask, noise = read_mask_and_noise(args, pixels.shape)
     measure_origin, measure_pixels = origin, None
@@ -2720,14 +2723,15 @@ def run(args):
             mask = build_mask(pixels, mask, noise, args.mask_box)
             values = report_image(origin, pixels, mask)
             level = report_header(args, origin)
-            field = measure_field = build_field(pixels, mask, noise, method, level)
+            field = measure_field = build_field(pixels, mask, noise, method, level, threads)
             report_field(field, values)
-            found = find_sources(field, args.threads)
+            found = find_sources(field, threads)
             report_detections(field, found)
         if measure_pixels is not None:
             with about(measure_origin.name):
                 level = report_header(args, measure_origin)
-                measure_field = build_measure_field(measure_pixels, mask, method, level)
+                given = measure_pixels, mask, method, level, threads
+                measure_field = build_measure_field(*given)
         flag_fields(found, field, measure_field)
         columns = catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit)
         history, form = describe_settings(args, origin), args.image_format
@@ -2736,18 +2740,17 @@ def run(args):
         def jobs(*names):
             return product_jobs(names, paths, targets, result)
 
-        fields = field, measure_field
-        measurements = measure(*fields, found, photometry, args.threads, jobs("overlay"))
-        list(share(jobs("overview", "subtracted", "segmentation"), args.threads))
+        measurements = measure(field, measure_field, found, photometry, threads, jobs("overlay"))
+        list(share(jobs("overview", "subtracted", "segmentation"), threads))
         # The labels make room for the maps of the background.
         found, result = None, replace(result, segmentation=None)
-        sky = list(share(jobs("background", "rms"), args.threads))
+        sky = list(share(jobs("background", "rms"), threads))
         if measure_field is not field:
             maps = measure_field.level_map, measure_field.rms_map
             sky = [at_objects(make(), result.objects) for make in maps]
         catalog = build_catalog(result.objects, measurements, sky, origin.wcs, photometry, columns)
         result = replace(result, catalog=catalog)
-        list(share(jobs("catalog", "catalog_fits", "regions"), args.threads))
+        list(share(jobs("catalog", "catalog_fits", "regions"), threads))
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
 
