@@ -1919,8 +1919,8 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
             owner = labels[at]
             own = inside & (r2 < WINDOW_REACH**2) & ((owner == own_id) | (owner == 0))
             weight = np.where(own, np.exp(-r2 / 2), 0)
-            light = weight * np.where(own, image[at], 0)
-            variance = (weight * noise[at]) ** 2 + weight * np.maximum(light, 0) / gain
+            light, rms = weight * np.where(own, (image[at], noise[at]), 0)
+            variance = rms**2 + weight * np.maximum(light, 0) / gain
             sum_, sum_x = variance.sum(axis=1), np.einsum("ij,ij->i", variance, dx)
             sum_xx, dy = np.einsum("ij,ij,ij->i", variance, dx, dx), dy[:, 0]
             total += np.array([light.sum(axis=1), sum_xx, sum_ * dy**2, sum_x * dy])
@@ -2131,6 +2131,9 @@ class Result:
         return [f"{SIGNATURE}: {product}", *self.settings]
 
 
+PIECE = 2**18  # bytes of an image that are written at a time, at the least
+
+
 def write_image(product, path, result):
     """Write an image product, floats as float32 unless the image is float64.
 
@@ -2163,7 +2166,15 @@ def write_image(product, path, result):
             primary.header["BUNIT"] = result.origin.unit
         for line in history:
             primary.header.add_history(line)
-        hdus.writeto(path, overwrite=True, output_verify="exception")
+        hdus.verify("exception")
+    # Large writes are slow where memory for them has to be made, as in a virtual machine.
+    rows = max(1, PIECE // values[0].nbytes)
+    with fits.StreamingHDU(str(path.absolute()), primary.header) as stream:
+        for top in range(0, len(values), rows):
+            stream.write(values[top : top + rows])
+    if len(hdus) > 1:  # tables of distortions
+        with fits.open(path, "append") as file:
+            file.extend(hdus[1:])
     return at
 
 
