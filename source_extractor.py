@@ -1228,6 +1228,29 @@ def share(jobs, threads):
 
 
 @contextmanager
+def aside(job, threads):
+    """Do a job while the body runs, in a process more; with `threads` of 1, before it."""
+    if threads == 1:
+        job()
+        del job  # and with it what it holds
+        yield
+        return
+    process, connection = hire([job], [])
+    del job
+    try:
+        with together():
+            connection.send(0)
+        yield
+        with together():
+            (result,) = connection.recv().values()
+        if isinstance(result, Exception):
+            raise result
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextmanager
 def together():
     """Tell as an `InputError` that a process is gone that shared the work, or could not start."""
     try:
@@ -1388,7 +1411,8 @@ def require_room_to_deblend(field, strips, threads):
     apart, so by Jensen's inequality no more are below them on average than below their mean light.
     """
     extraction, levels = field.method.extraction, field.method.extraction.deblend_nthresh
-    level = np.broadcast_to(extraction.thresh * field.detection_noise(), field.mask.shape)
+    with np.errstate(over="ignore"):
+        level = np.broadcast_to(extraction.thresh * field.detection_noise(), field.mask.shape)
     rows = [slice(strip.first, strip.end) for strip in strips]
     bright = max(np.count_nonzero(field.residual[some] > level[some]) for some in rows)
     if levels * bright * COPY < DEBLENDING:
@@ -1752,13 +1776,13 @@ class Shapes(NamedTuple):
 
 
 @timed("measure")
-def measure(field, measure_field, found, settings, threads=1, meanwhile=()):
+def measure(field, measure_field, found, settings, threads=1):
     """Measure sizes, Kron and aperture fluxes, and windowed centroids.
 
     The objects `found` in `field` have their Kron ellipses there, and are measured in the other
     one. The result, a `DataFrame`, has a row an object, in pixels and image values, nan where there
     is nothing to measure. Neighbours and masked pixels are left out of every sum; meanwhile the map
-    labels masked pixels, and the jobs `meanwhile` are done by the same processes.
+    labels masked pixels.
     """
     objects, labels = found
     shapes, sane = sane_shapes(objects)
@@ -1766,14 +1790,14 @@ def measure(field, measure_field, found, settings, threads=1, meanwhile=()):
     with masked_as_neighbours(labels, field.mask):
         neighbours = {"segmap": labels, "seg_id": ids}
         kron, kron_flag = kron_radii(field, shapes, neighbours, settings)
-    jobs = list(meanwhile)
+    jobs = []
     for start in range(0, max(len(ids), 1), BATCH):
         some = slice(start, start + BATCH)
         own = Shapes(*(values[some] for values in shapes))
         neighbours = {"segmap": labels, "seg_id": ids[some]}
         jobs.append(partial(measure_some, measure_field, own, kron[some], neighbours, settings))
     with masked_as_neighbours(labels, measure_field.mask):
-        parts = list(progress("measure", share(jobs, threads), len(jobs)))[len(meanwhile) :]
+        parts = list(progress("measure", share(jobs, threads), len(jobs)))
     measurements = pd.concat(parts).set_index(ids - 1)
     measurements.loc[(kron_flag & sep.APER_ALLMASKED) > 0, measurements.columns != "flag_auto"] = (
         np.nan
@@ -1849,16 +1873,11 @@ def sum_light(sum_in, field, *shapes, **keywords):
 
 def half_light_radii(field, shapes, flux, neighbours):
     """Return the radii (pixels) of the circles that hold half of each flux, nan where none does."""
-    radius, left = np.full(len(flux), np.nan), np.flatnonzero(flux > 0)
-    for reach in (KRON_REACH / 2, KRON_REACH):  # half as far takes a quarter of the time
-        x, y, limit = shapes.x[left], shapes.y[left], reach * shapes.a[left]
-        own = neighbours | {"seg_id": neighbours["seg_id"][left]}
-        found, _ = sep.flux_radius(
-            field.residual, x, y, limit, 0.5, normflux=flux[left], subpix=5, **own
-        )
-        within = found < limit
-        radius[left[within]] = found[within]
-        left = left[~within]
+    limit = KRON_REACH * shapes.a
+    radius, _ = sep.flux_radius(
+        field.residual, shapes.x, shapes.y, limit, 0.5, normflux=flux, subpix=5, **neighbours
+    )
+    radius[~((flux > 0) & (radius < limit))] = np.nan
     return radius
 
 
@@ -2751,17 +2770,19 @@ def run(args):
         def jobs(*names):
             return product_jobs(names, paths, targets, result)
 
-        measurements = measure(field, measure_field, found, photometry, threads, jobs("overlay"))
-        list(share(jobs("overview", "subtracted", "segmentation"), threads))
-        # The labels make room for the maps of the background.
-        found, result = None, replace(result, segmentation=None)
-        sky = list(share(jobs("background", "rms"), threads))
-        if measure_field is not field:
-            maps = measure_field.level_map, measure_field.rms_map
-            sky = [at_objects(make(), result.objects) for make in maps]
-        catalog = build_catalog(result.objects, measurements, sky, origin.wcs, photometry, columns)
-        result = replace(result, catalog=catalog)
-        list(share(jobs("catalog", "catalog_fits", "regions"), threads))
+        with aside(*jobs("overlay"), threads):  # as it doesn't need what is measured
+            measurements = measure(field, measure_field, found, photometry, threads)
+            list(share(jobs("overview", "subtracted", "segmentation"), threads))
+            # The labels make room for the maps of the background.
+            found, result = None, replace(result, segmentation=None)
+            sky = list(share(jobs("background", "rms"), threads))
+            if measure_field is not field:
+                maps = measure_field.level_map, measure_field.rms_map
+                sky = [at_objects(make(), result.objects) for make in maps]
+            table = result.objects, measurements, sky
+            catalog = build_catalog(*table, origin.wcs, photometry, columns)
+            result = replace(result, catalog=catalog)
+            list(share(jobs("catalog", "catalog_fits", "regions"), threads))
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
 
