@@ -2186,6 +2186,9 @@ def write_image(product, path, result):
         for line in history:
             primary.header.add_history(line)
         hdus.verify("exception")
+    if path.suffix in (".gz", ".bz2", ".xz"):  # which astropy packs
+        hdus.writeto(path, overwrite=True)
+        return at
     # Large writes are slow where memory for them has to be made, as in a virtual machine.
     rows = max(1, PIECE // values[0].nbytes)
     with fits.StreamingHDU(str(path.absolute()), primary.header) as stream:
