@@ -1798,14 +1798,12 @@ def measure(field, measure_field, found, settings, threads=1):
     with masked_as_neighbours(labels, measure_field.mask):
         parts = list(progress("measure", share(jobs, threads), len(jobs)))
     measurements = pd.concat(parts).set_index(ids - 1)
-    measurements.loc[(kron_flag & sep.APER_ALLMASKED) > 0, measurements.columns != "flag_auto"] = (
-        np.nan
-    )
+    flag = measurements.pop("flag_auto").to_numpy()
+    measurements[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
+    flags = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
     # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
-    measurements["flag_auto"] |= kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED)
-    measurements = measurements.reindex(range(len(objects)))
-    flags = measurements["flag_auto"].fillna(sep.APER_ALLMASKED).astype(np.int64)
-    return measurements.assign(flag_auto=flags)
+    flags[sane] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
+    return measurements.reindex(range(len(objects))).assign(flag_auto=flags)
 
 
 def measure_some(field, shapes, kron, neighbours, settings):
@@ -1821,7 +1819,7 @@ def measure_some(field, shapes, kron, neighbours, settings):
     fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
     columns = {name: field.frame.differences(values) for name, values in fluxes.items()}
     columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin, **errors}
-    return pd.DataFrame({**columns, "flag_auto": flag.astype(np.int64)})
+    return pd.DataFrame(columns | {"flag_auto": flag})
 
 
 def sane_shapes(objects):
@@ -1896,6 +1894,7 @@ def windowed_centroids(field, shapes, sigma, neighbours):
     SExtractor's XWIN_IMAGE and YWIN_IMAGE. `sep.winpos` knows no neighbours, and would run to a
     bright one: a source that has any in reach is measured on a stamp of its own without them. Of
     `neighbours`, the map "segmap" labels masked pixels too, and "seg_id" are the sources' labels.
+    Pixels at the edge of the window count by their exact part in it (`subpix` 0).
     """
     image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
     x, y, found = shapes.x, shapes.y, np.full((2, len(sigma)), np.nan)
