@@ -780,7 +780,7 @@ def narrow_or_wide(excluded, widest):
     """Return a map of the excluded pixels: WIDE in or beside larger squares, the others NARROW."""
     state = np.multiply(excluded, NARROW, dtype=np.uint8)
     rim = widest + 1
-    for rows in portions(excluded.shape):
+    for rows in portions(excluded.shape, PORTION):
         top = max(rows.start - rim, 0)
         padded = np.pad(excluded[top : rows.stop + rim], rim)
         # Where full squares begin, and what lies in or beside any of them.
@@ -853,9 +853,9 @@ def usable(noise):
     return (noise > 0) & np.isfinite(noise)
 
 
-def portions(shape):
-    """Return slices of rows that make up an image (ny, nx), each of up to `PORTION` pixels."""
-    height = max(1, PORTION // shape[1])
+def portions(shape, pixels):
+    """Return slices of rows that make up an image (ny, nx), of up to so many pixels or one row."""
+    height = max(1, pixels // shape[1])
     return [slice(top, top + height) for top in range(0, shape[0], height)]
 
 
@@ -973,8 +973,9 @@ class Field:
         return self.method.measures_noise() and global_rms(self.background) == 0
 
     def detection_noise(self):
-        """Return what the threshold is a multiple of: the noise, or 1 if it is absolute."""
-        return 1 if self.method.err_option == "none" else self.noise
+        """Return the map of what the threshold is a multiple of: noise, or 1 if it is absolute."""
+        noise = 1.0 if self.method.err_option == "none" else self.noise
+        return np.broadcast_to(noise, self.mask.shape)
 
     def depth(self):
         """Return how many times deeper than its threshold SEP goes with a matched filter, or None.
@@ -1008,7 +1009,8 @@ def build_field(pixels, mask, noise, method, saturation=math.nan, threads=1):
     saturated = ([], []) if math.isnan(saturation) else np.nonzero(pixels >= saturation)
     frame = Frame.of(pixels, mask)
     frame.enter(pixels)
-    low, high = (extreme.reduce(pixels, axis=None) for extreme in (np.fmin, np.fmax))
+    # These take no notice of nan, which is masked already.
+    low, high = np.fmin.reduce(pixels, axis=None), np.fmax.reduce(pixels, axis=None)
     if not -LARGEST < low <= high < LARGEST:
         mask = mask | too_large(pixels)
     method = method.within(frame)
@@ -1410,13 +1412,15 @@ def require_room_to_deblend(field, strips, threads):
     apart, so by Jensen's inequality no more are below them on average than below their mean light.
     """
     extraction, levels = field.method.extraction, field.method.extraction.deblend_nthresh
-    with np.errstate(over="ignore"):
-        level = np.broadcast_to(extraction.thresh * field.detection_noise(), field.mask.shape)
-    rows = [slice(strip.first, strip.end) for strip in strips]
-    bright = max(np.count_nonzero(field.residual[some] > level[some]) for some in rows)
+    noise, bright = field.detection_noise(), 0
+    for first, end, _ in strips:
+        with np.errstate(over="ignore"):
+            level = extraction.thresh * noise[first:end]
+        bright = max(bright, np.count_nonzero(field.residual[first:end] > level))
     if levels * bright * COPY < DEBLENDING:
         return
-    method = replace(field.method, extraction=replace(extraction, deblend_nthresh=1))
+    extraction = replace(extraction, deblend_nthresh=1, clean=False)
+    method = replace(field.method, extraction=extraction)
     field, labels = replace(field, method=method), shared_zeros(field.mask.shape, np.int32)
     jobs = [partial(search_strip, field, labels, strip, 0) for strip in strips]
     objects = np.concatenate([found for found, _ in share(jobs, threads)])
@@ -1456,7 +1460,8 @@ def search_strip(field, labels, strip, base):
         chosen = own & ~unfinished
         profiles = np.zeros(np.count_nonzero(chosen), PROFILE)
         profiles["row"], profiles["end"] = row[chosen], end_of_row[chosen]
-        where, owner = where[chosen[owner]], (np.cumsum(chosen) - 1)[owner[chosen[owner]]]
+        mine = chosen[owner]
+        where, owner = where[mine], (np.cumsum(chosen) - 1)[owner[mine]]
         objects, profiles, where, owner = settle_objects(
             window, objects[chosen], profiles, where, owner
         )
@@ -1527,7 +1532,10 @@ def group_extents(objects, found, where, owner):
 
 
 def number_labels(labels, strip, ids, starts, apart):
-    """Turn the labels in a strip of the map, in place, into the ids, which start anew a strip."""
+    """Turn the labels in a strip of the map into ids, in place.
+
+    The `ids` are those of all strips, one after the other; `starts` is where each begins.
+    """
     rows = labels[strip.first : strip.end].reshape(-1)
     where = np.flatnonzero(rows > 0)
     finder, index = np.divmod(rows[where] - 1, apart)
@@ -1588,7 +1596,8 @@ def settle_objects(field, objects, profiles, where, owner):
         thresh = field.method.extraction.thresh / depth * noise / np.maximum(left, 1)
         bright = owner[pixels["light"] > thresh[owner]]
         objects["thresh"], objects["tnpix"] = thresh, np.bincount(bright, minlength=len(objects))
-    describe_profiles(objects, profiles, pixels, field.method.extraction)
+    if field.method.extraction.clean:
+        describe_profiles(objects, profiles, pixels, field.method.extraction)
     cut = (left > 0) & (left < objects["npix"])
     recount(objects, cut, pixels[good & cut[owner]])
     where, owner = where[good], owner[good]
@@ -1631,8 +1640,7 @@ def filter_pixels(field, where):
         significance = correlate(field.residual * precision, kernel, y, x) / weight
         margin = (significance - thresh) * np.square(kernel).sum() / weight
     else:
-        unit = np.broadcast_to(field.detection_noise(), field.mask.shape)
-        margin = filtered - thresh * unit[y, x]
+        margin = filtered - thresh * field.detection_noise()[y, x]
     columns = {"x": x, "y": y, "light": field.residual[y, x]}
     return pd.DataFrame(columns | {"filtered": filtered, "margin": margin})
 
@@ -2148,7 +2156,7 @@ class Result:
         return [f"{SIGNATURE}: {product}", *self.settings]
 
 
-PIECE = 2**18  # bytes of an image that are written at a time, at the least
+PIECE = 2**16  # pixels of an image that are written at a time
 
 
 def write_image(product, path, result):
@@ -2188,10 +2196,9 @@ def write_image(product, path, result):
         hdus.writeto(path, overwrite=True)
         return at
     # Large writes are slow where memory for them has to be made, as in a virtual machine.
-    rows = max(1, PIECE // values[0].nbytes)
     with fits.StreamingHDU(str(path.absolute()), primary.header) as stream:
-        for top in range(0, len(values), rows):
-            stream.write(values[top : top + rows])
+        for rows in portions(values.shape, PIECE):
+            stream.write(values[rows])
     if len(hdus) > 1:  # tables of distortions
         with fits.open(path, "append") as file:
             file.extend(hdus[1:])
@@ -2438,7 +2445,7 @@ PRODUCTS = {
 }
 
 
-def product_jobs(names, paths, targets, result):
+def product_jobs(paths, targets, result, *names):
     """Return the jobs that write these products to the paths that `staged` gave for the targets."""
     return [
         partial(write_product, name, paths[name], targets[name], result)
@@ -2761,29 +2768,27 @@ def run(args):
         if measure_pixels is not None:
             with about(measure_origin.name):
                 level = report_header(args, measure_origin)
-                given = measure_pixels, mask, method, level, threads
-                measure_field = build_measure_field(*given)
+                measure_field = build_measure_field(measure_pixels, mask, method, level, threads)
         flag_fields(found, field, measure_field)
         columns = catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit)
         history, form = describe_settings(args, origin), args.image_format
         result = Result(origin, field, *found, columns, history, form)
 
-        def jobs(*names):
-            return product_jobs(names, paths, targets, result)
-
-        with aside(*jobs("overlay"), threads):  # as it doesn't need what is measured
+        jobs = partial(product_jobs, paths, targets)
+        with aside(*jobs(result, "overlay"), threads):  # as it doesn't need what is measured
             measurements = measure(field, measure_field, found, photometry, threads)
-            list(share(jobs("overview", "subtracted", "segmentation"), threads))
+            list(share(jobs(result, "overview", "subtracted", "segmentation"), threads))
             # The labels make room for the maps of the background.
             found, result = None, replace(result, segmentation=None)
-            sky = list(share(jobs("background", "rms"), threads))
+            sky = list(share(jobs(result, "background", "rms"), threads))
             if measure_field is not field:
                 maps = measure_field.level_map, measure_field.rms_map
                 sky = [at_objects(make(), result.objects) for make in maps]
-            table = result.objects, measurements, sky
-            catalog = build_catalog(*table, origin.wcs, photometry, columns)
+            catalog = build_catalog(
+                result.objects, measurements, sky, origin.wcs, photometry, columns
+            )
             result = replace(result, catalog=catalog)
-            list(share(jobs("catalog", "catalog_fits", "regions"), threads))
+            list(share(jobs(result, "catalog", "catalog_fits", "regions"), threads))
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
 
@@ -2829,7 +2834,8 @@ def describe_settings(args, origin):
 
 def report_image(origin, pixels, mask):
     """Tell what was read, and how much of it is masked; return a sample of it, without padding."""
-    bad = sum(np.count_nonzero(~np.isfinite(pixels[at][mask[at]])) for at in portions(mask.shape))
+    parts = portions(mask.shape, PORTION)
+    bad = sum(np.count_nonzero(~np.isfinite(pixels[rows][mask[rows]])) for rows in parts)
     part = 100 * np.count_nonzero(mask) / mask.size
     log.info("image         %s: %d x %d %s", origin.name, *pixels.shape[::-1], origin.dtype)
     log.info("masked        %.2f %% (%d pixels have no finite value)", part, bad)
@@ -2943,12 +2949,11 @@ def report_detections(field, found):
     if field.is_noiseless():
         log.warning("the image is constant: no sources")
     elif not len(found.objects):
-        unit = 1 if field.method.err_option == "none" else typical_noise(field)
+        thresh = np.float64(field.method.extraction.thresh * typical_noise(field))
         above = hidden = 0
-        for rows in portions(field.mask.shape):
+        for rows in portions(field.mask.shape, PORTION):
             light = field.residual[rows]
-            bright = light > np.float64(field.method.extraction.thresh * unit)
-            bright &= ~too_large(light)
+            bright = (light > thresh) & ~too_large(light)
             above += np.count_nonzero(bright)
             hidden += np.count_nonzero(bright & field.mask[rows])
         part = 100 * hidden / max(above, 1)
@@ -2958,8 +2963,8 @@ def report_detections(field, found):
 
 
 def typical_noise(field):
-    """Return the noise of a field as one number, the median of an array."""
-    return float(np.median(sample(np.broadcast_to(field.noise, field.mask.shape), field.mask)))
+    """Return the noise to detect against as one number, the median of an array."""
+    return float(np.median(sample(field.detection_noise(), field.mask)))
 
 
 def warn_of_boxes(field, found):

@@ -11,7 +11,7 @@ import sep
 from numpy.testing import assert_allclose, assert_array_equal
 
 import source_extractor
-from common import rows_at
+from common import field_of, rows_at
 from sky import simulate, vstack
 from sky import stars as star_table
 
@@ -29,16 +29,7 @@ def measure(field, objects, segmentation, settings=SETTINGS):
 @pytest.fixture(scope="module")
 def found(crowded):
     """Return the crowded sky as a Field, and what was detected in it."""
-    image = crowded.copy()
-    method = source_extractor.Method(
-        source_extractor.make_kernel("default", None, None),
-        "float_globalrms",
-        1,
-        source_extractor.BackgroundSettings(),
-        source_extractor.ExtractionSettings(),
-    )
-    mask = np.zeros(image.shape, bool)
-    field = source_extractor.build_field(image, mask, None, method)
+    field = field_of(crowded)
     detections = source_extractor.find_sources(field)
     return SimpleNamespace(
         field=field,
