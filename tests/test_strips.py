@@ -150,6 +150,16 @@ def test_a_line_of_just_minarea_pixels_is_found_across_a_border(cut):
         assert cut(field, *rows).objects["npix"].tolist() == [100]
 
 
+def test_half_filtered_rows_join_nothing(cut):
+    image = np.zeros((300, 90), np.float32)
+    image[50:200, 40] = image[100:200, 50] = 100  # one begins in the first strip, one in the second
+    end = 64 + 64 + 16  # of what is searched for the second
+    image[end - 1, 41:50], image[end, 41:50] = 20, -100  # would join them if cut between
+    settings = {"deblend_nthresh": 1, "clean": False, "thresh": 8.0}
+    found = cut(field_of(image, err_option="none", **settings), 64, 16).objects
+    assert sorted(found["ymin"]) == [49, 99]
+
+
 def test_objects_stand_in_the_order_in_which_their_groups_end(cut):
     field = field_of(crowded_sky(), clean=False, deblend_nthresh=1)
     objects, labels = cut(field, 64, 16)
