@@ -24,9 +24,12 @@ Conventions, everywhere: images are indexed (y, x); x and y are 0-based with pix
 integers; masks are True where a pixel is excluded; `theta` is in radians from +x towards +y.
 """
 
+import gc
+
+gc.disable()  # until all is imported: nothing of it is garbage, but to look for it takes 0.1 s
+
 import argparse
 import bz2
-import gc
 import gzip
 import io
 import logging
@@ -53,11 +56,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 import sep
 from astropy import units as u
 from astropy.io import fits
 from numpy.lib.stride_tricks import sliding_window_view
+
+gc.enable()
 
 # Everything else is imported where it is used: a run does without most of it.
 if TYPE_CHECKING:
@@ -899,13 +903,14 @@ class Frame:
 
     def levels(self, values):
         """Bring levels back into image values, in place, and return them."""
-        values *= self.scale
-        values += self.offset
+        if self != Frame():
+            values *= self.scale
+            values += self.offset
         return values
 
     def differences(self, values):
-        """Bring noise, fluxes and differences of levels back into image values."""
-        return values * self.scale
+        """Return noise, fluxes and differences of levels in image values."""
+        return values if self.scale == 1 else values * self.scale
 
 
 # ---------------------------------------------------------------------------------------------
@@ -964,9 +969,7 @@ class Field:
 
     def rms_map(self):
         """Return the background RMS in image values."""
-        rms = self.background.rms()
-        rms *= self.frame.scale
-        return rms
+        return self.frame.differences(self.background.rms())
 
     def is_noiseless(self):
         """Tell if the noise was to be measured, and there is none."""
@@ -1335,6 +1338,11 @@ LARGE_KERNEL = 200  # elements, from which on a Fourier transform is faster
 # which it resists; and where the group that it was split from ends, which orders the objects.
 PROFILE = np.dtype([(name, float) for name in ("height", "alpha", "light", "margin", "row", "end")])
 
+# A pixel of an object: which object, where, the light in the image, the filtered light, and the
+# margin by which that is above the threshold.
+PIXEL = np.dtype("i8, i8, i8, f8, f8, f8")
+PIXEL.names = ("owner", "y", "x", "light", "filtered", "margin")
+
 
 class Detections(NamedTuple):
     """SEP's 30 fields an object, in image values, and the map (ny, nx) that labels it index + 1."""
@@ -1412,12 +1420,12 @@ def require_room_to_deblend(field, strips, threads):
     apart, so by Jensen's inequality no more are below them on average than below their mean light.
     """
     extraction, levels = field.method.extraction, field.method.extraction.deblend_nthresh
-    noise, bright = field.detection_noise(), 0
-    for first, end, _ in strips:
-        with np.errstate(over="ignore"):
-            level = extraction.thresh * noise[first:end]
-        bright = max(bright, np.count_nonzero(field.residual[first:end] > level))
-    if levels * bright * COPY < DEBLENDING:
+    # One so large fills boxes of 64 x 64 pixels more than noise does: of these, every 4th is seen.
+    mesh, seen = BackgroundSettings(bw=16, bh=16), np.s_[::4, ::4]
+    planes = field.residual[seen], field.detection_noise()[seen]
+    with np.errstate(over="ignore"):
+        bright = box_sums(lambda light, noise: light > extraction.thresh * noise, mesh, *planes)
+    if COPY * levels * 16 * bright[3 * bright > 16 * 16].sum() < DEBLENDING:
         return
     extraction = replace(extraction, deblend_nthresh=1, clean=False)
     method = replace(field.method, extraction=extraction)
@@ -1517,7 +1525,7 @@ def group_extents(objects, found, where, owner):
     bonds = np.zeros(count + 1, int)
     for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
         inside, at = pixels_at(rows + down, columns + right, found.shape)
-        other = np.where(inside, found[at], 0) - 1
+        other = np.where(inside, found.take(at), 0) - 1
         touch = (other >= 0) & (other != own)
         pair = np.sort([own[touch], other[touch]], axis=0) + 1
         bonds += np.bincount(pair[0], minlength=count + 1)
@@ -1588,7 +1596,7 @@ def settle_objects(field, objects, profiles, where, owner):
     """
     by_owner = np.argsort(owner, kind="stable")
     where, owner = where[by_owner], owner[by_owner]
-    pixels = filter_pixels(field, where).assign(owner=owner)
+    pixels = filter_pixels(field, where, owner)
     good = ~field.mask.take(where)
     left = np.bincount(owner[good], minlength=len(objects))
     if depth := field.depth():
@@ -1611,24 +1619,26 @@ def settle_objects(field, objects, profiles, where, owner):
 
 def recount(objects, cut, pixels):
     """Describe the objects that are `cut` anew, in place, by the pixels left to each of them."""
-    owned = pixels.groupby("owner")
-    objects["npix"][cut] = owned.size()
+    owner = pixels["owner"]
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    objects["npix"][cut] = np.diff(starts, append=len(owner))
     for axis in "xy":
-        objects[f"{axis}min"][cut] = owned[axis].min()
-        objects[f"{axis}max"][cut] = owned[axis].max()
-    for kind, values in (("", "light"), ("c", "filtered")):
-        top = pixels.loc[owned[values].idxmax()]
-        objects[f"{kind}flux"][cut], objects[f"{kind}peak"][cut] = owned[values].sum(), top[values]
+        objects[f"{axis}min"][cut] = np.minimum.reduceat(pixels[axis], starts)
+        objects[f"{axis}max"][cut] = np.maximum.reduceat(pixels[axis], starts)
+    for kind, name in (("", "light"), ("c", "filtered")):
+        values = pixels[name]
+        top = pixels[np.lexsort((-values, owner))[starts]]
+        objects[f"{kind}flux"][cut] = np.add.reduceat(values, starts)
+        objects[f"{kind}peak"][cut] = top[name]
         objects[f"x{kind}peak"][cut], objects[f"y{kind}peak"][cut] = top["x"], top["y"]
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def filter_pixels(field, where):
-    """Filter the image as SEP does it, at flat indices `where` alone.
+def filter_pixels(field, where, owner):
+    """Filter the image as SEP does it, at the flat indices of the objects' pixels alone.
 
-    The columns of the result are x and y, the light in the image, the filtered light, and the
-    margin by which that is above the threshold. A matched filter weighs pixels by their noise: its
-    margin is what it would be if the noise nearby were even.
+    A matched filter weighs pixels by their noise: its margin is what it would be if the noise
+    nearby were even.
     """
     kernel, thresh = field.method.kernel, field.method.extraction.thresh
     kernel = np.ones((1, 1)) if kernel is None else kernel / np.abs(kernel).sum()
@@ -1641,8 +1651,7 @@ def filter_pixels(field, where):
         margin = (significance - thresh) * np.square(kernel).sum() / weight
     else:
         margin = filtered - thresh * field.detection_noise()[y, x]
-    columns = {"x": x, "y": y, "light": field.residual[y, x]}
-    return pd.DataFrame(columns | {"filtered": filtered, "margin": margin})
+    return np.rec.fromarrays((owner, y, x, field.residual[y, x], filtered, margin), dtype=PIXEL)
 
 
 def correlate(image, kernel, y, x):
@@ -1712,7 +1721,7 @@ def margins_to_eat(npix, pixels, minarea):
     just as many takes the first found. It finds them row by row, but where a row begins further
     left than the one before, that end comes before all others.
     """
-    owner, x, y, margin = (pixels[name].to_numpy() for name in ("owner", "x", "y", "margin"))
+    owner, x, y, margin = (pixels[name] for name in ("owner", "x", "y", "margin"))
     rows = np.flatnonzero(np.diff(owner, prepend=-1) | np.diff(y, prepend=-1))
     before = np.where(np.diff(owner[rows], prepend=-1), 0, np.roll(x[rows], 1))
     ahead = x < np.repeat(before, np.diff(rows, append=len(x)))
@@ -1787,9 +1796,9 @@ def measure(field, measure_field, found, settings, threads=1):
     """Measure sizes, Kron and aperture fluxes, and windowed centroids.
 
     The objects `found` in `field` have their Kron ellipses there, and are measured in the other
-    one. The result, a `DataFrame`, has a row an object, in pixels and image values, nan where there
-    is nothing to measure. Neighbours and masked pixels are left out of every sum; meanwhile the map
-    labels masked pixels.
+    one. The result has a value an object, by the name of the column, in pixels and image values,
+    nan where there is nothing to measure. Neighbours and masked pixels are left out of every sum;
+    meanwhile the map labels masked pixels.
     """
     objects, labels = found
     shapes, sane = sane_shapes(objects)
@@ -1805,17 +1814,22 @@ def measure(field, measure_field, found, settings, threads=1):
         jobs.append(partial(measure_some, measure_field, own, kron[some], neighbours, settings))
     with masked_as_neighbours(labels, measure_field.mask):
         parts = list(progress("measure", share(jobs, threads), len(jobs)))
-    measurements = pd.concat(parts).set_index(ids - 1)
-    flag = measurements.pop("flag_auto").to_numpy()
-    measurements[(kron_flag & sep.APER_ALLMASKED) > 0] = np.nan
-    flags = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
-    # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
-    flags[sane] = flag | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
-    return measurements.reindex(range(len(objects))).assign(flag_auto=flags)
+    measured = (kron_flag & sep.APER_ALLMASKED) == 0
+    columns = {}
+    for name in parts[0]:
+        values = np.concatenate([part[name] for part in parts])
+        if name == "flag_auto":
+            columns[name] = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
+            # The Kron radius reaches further than the flux: edge and neighbours there don't matter.
+            columns[name][sane] = values | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
+        else:
+            columns[name] = np.full(len(objects), np.nan)
+            columns[name][sane] = np.where(measured, values, np.nan)
+    return columns
 
 
 def measure_some(field, shapes, kron, neighbours, settings):
-    """Return what is measured in one field, a row a source; see `measure`."""
+    """Return what is measured of some objects in one field; see `measure`."""
     # Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
     ellipse = {"r": kron, "subpix": 1, **neighbours}
     flux, error, flag = sum_light(sep.sum_ellipse, field, *shapes, **ellipse)
@@ -1827,7 +1841,7 @@ def measure_some(field, shapes, kron, neighbours, settings):
     fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
     columns = {name: field.frame.differences(values) for name, values in fluxes.items()}
     columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin, **errors}
-    return pd.DataFrame(columns | {"flag_auto": flag})
+    return columns | {"flag_auto": flag}
 
 
 def sane_shapes(objects):
@@ -1927,7 +1941,7 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
     isn't the source's own or sky is left out; parameters else as in `windowed_centroids`.
     """
     image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
-    noise, gain = np.broadcast_to(field.noise, image.shape), field.method.extraction.gain or np.inf
+    noise, gain = field.noise, field.method.extraction.gain or np.inf
     halves = np.ceil(np.minimum(WINDOW_REACH * sigma, max(image.shape)))
     halves[np.isnan(xwin)] = np.nan
     sums = np.full((4, len(xwin)), np.nan)
@@ -1941,10 +1955,11 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
             inside, at = pixels_at(rows, columns, image.shape)
             dy = rows - y
             r2 = (dx**2 + dy**2) / s**2
-            owner = labels[at]
+            owner = labels.take(at)
             own = inside & (r2 < WINDOW_REACH**2) & ((owner == own_id) | (owner == 0))
             weight = np.where(own, np.exp(-r2 / 2), 0)
-            light, rms = weight * np.where(own, (image[at], noise[at]), 0)
+            light = weight * np.where(own, image.take(at), 0)
+            rms = weight * np.where(own, noise.take(at) if np.ndim(noise) else noise, 0)
             variance = rms**2 + weight * np.maximum(light, 0) / gain
             sum_, sum_x = variance.sum(axis=1), np.einsum("ij,ij->i", variance, dx)
             sum_xx, dy = np.einsum("ij,ij,ij->i", variance, dx, dx), dy[:, 0]
@@ -1969,17 +1984,17 @@ def lone_stamp(image, labels, label, x, y, reach):
     rows = np.arange(bottom, round(2 * y) - bottom + 1)[:, np.newaxis]
     columns = np.arange(left, round(2 * x) - left + 1)
     inside, at = pixels_at(rows, columns, image.shape)
-    stamp, owner = np.where(inside, image[at], 0), np.where(inside, labels[at], 0)
+    stamp, owner = (np.where(inside, plane.take(at), 0) for plane in (image, labels))
     foreign = (owner != 0) & (owner != label)
     opposite = np.where(foreign[::-1, ::-1], 0, stamp[::-1, ::-1])
     return np.where(foreign, opposite, stamp), left, bottom
 
 
 def pixels_at(rows, columns, shape):
-    """Tell which pixels are in an image of this shape (ny, nx); return the index of the nearest."""
+    """Tell which pixels are in an image (ny, nx); return the flat indices of those nearest."""
     pairs = zip((rows, columns), shape, strict=True)
-    nearest = [np.minimum(np.maximum(place, 0), size - 1) for place, size in pairs]
-    return (nearest[0] == rows) & (nearest[1] == columns), tuple(nearest)
+    y, x = (np.minimum(np.maximum(place, 0), size - 1) for place, size in pairs)
+    return (y == rows) & (x == columns), y * shape[1] + x
 
 
 def at_objects(values, objects):
@@ -2095,26 +2110,42 @@ def unit_of_sums(text):
     return (unit * u.pix).to_string()
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def build_catalog(objects, measurements, sky, wcs, settings, columns):
-    """Return the catalogue, a row an object, from SEP's objects and what `measure` found of them.
+    """Return the catalogue, a value an object by the name of the column, in their order.
 
-    `sky` are level and noise of the background at each. The catalogue has exactly these columns;
-    without a `wcs` the sky positions are nan.
+    It is made from SEP's objects and what `measure` found of them; `sky` are level and noise of the
+    background at each. Without a `wcs` the sky positions are nan.
     """
-    catalog = pd.concat([pd.DataFrame(objects), measurements], axis=1)
-    catalog["background"], catalog["rms"] = sky
+    catalog = {name: objects[name] for name in objects.dtype.names} | measurements
     catalog["id"] = np.arange(1, len(objects) + 1)
+    catalog["background"], catalog["rms"] = sky
     catalog["ra"], catalog["dec"] = sky_positions(wcs, objects["x"], objects["y"])
-    catalog["elongation"] = catalog["a"] / catalog["b"]
+    catalog["elongation"] = objects["a"] / objects["b"]
     # The FWHM of a round Gaussian is sqrt(8 ln 2) times its RMS, here sqrt((a² + b²) / 2).
-    catalog["fwhm"] = 2 * np.sqrt(math.log(2) * (catalog["a"] ** 2 + catalog["b"] ** 2))
-    catalog["snr"] = catalog["flux_auto"] / catalog["fluxerr_auto"].where(lambda error: error > 0)
+    catalog["fwhm"] = 2 * np.sqrt(math.log(2) * (objects["a"] ** 2 + objects["b"] ** 2))
+    error = catalog["fluxerr_auto"]
+    catalog["snr"] = catalog["flux_auto"] / np.where(error > 0, error, np.nan)
     for kind in ("auto", *map(aperture, settings.aperture_diameters)):
         flux, error = catalog[f"flux_{kind}"], catalog[f"fluxerr_{kind}"]
-        flux = flux.where(flux > 0)
+        flux = np.where(flux > 0, flux, np.nan)
         catalog[f"mag_{kind}"] = settings.zeropoint - 2.5 * np.log10(flux)
         catalog[f"magerr_{kind}"] = 2.5 / math.log(10) * error / flux  # to first order
-    return catalog[[column.name for column in columns]]
+    return {column.name: catalog[column.name] for column in columns}
+
+
+@timed("tabulate")
+def tabulate(catalog, threads):
+    """Return the catalogue as tab-separated text: one line of names, full precision, `nan`."""
+    starts = range(0, len(catalog["id"]), BATCH)
+    jobs = [partial(lines_of, catalog, slice(start, start + BATCH)) for start in starts]
+    return "\n".join(["\t".join(catalog), *share(jobs, threads), ""])
+
+
+def lines_of(catalog, some):
+    """Return some of the catalogue's rows as text."""
+    columns = (values[some].tolist() for values in catalog.values())
+    return "\n".join("\t".join(map(repr, row)) for row in zip(*columns, strict=True))
 
 
 def sky_positions(wcs, x, y):
@@ -2149,7 +2180,8 @@ class Result:
     columns: tuple[Column, ...]  # the catalogue's, with their units
     settings: list[str]  # how it was made, a line each
     image_format: str | None  # "fits", "tiff", or None to go by the extensions of image products
-    catalog: pd.DataFrame | None = None
+    catalog: dict[str, np.ndarray] | None = None
+    text: str = ""  # the catalogue as such
 
     def history(self, product):
         """Return lines that say what made a product, which one it is, and with what settings."""
@@ -2206,19 +2238,15 @@ def write_image(product, path, result):
 
 
 def write_catalog(path, result):
-    """Write the catalogue as tab-separated text: one line of names, full precision, `nan`."""
-    names, columns = zip(*result.catalog.items(), strict=True)
-    # pandas takes nearly twice as long for the same text.
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    lines = ["\t".join(names), *("\t".join(map(repr, row)) for row in rows)]
-    path.write_text("\n".join(lines) + "\n")
+    """Write the catalogue as tab-separated text."""
+    path.write_text(result.text)
 
 
 def write_catalog_fits(path, result):
     """Write the catalogue as a FITS binary table with units, descriptions and UCDs."""
     from astropy.table import Table
 
-    table = Table.from_pandas(result.catalog)
+    table = Table(result.catalog)
     for column in result.columns:
         table[column.name].description = column.description
     table.meta["HISTORY"] = result.history("catalog_fits")
@@ -2241,8 +2269,8 @@ def write_regions(path, result):
     In sky coordinates (ICRS) where the catalogue has them, else in DS9's 1-based pixels.
     """
     catalog = result.catalog
-    x, y, a, b, theta = catalog[["x", "y", "a", "b", "theta"]].to_numpy().T
-    if catalog["ra"].notna().any():
+    x, y, a, b, theta = (catalog[name] for name in ("x", "y", "a", "b", "theta"))
+    if np.isfinite(catalog["ra"]).any():
         system, shapes = "icrs", sky_ellipses(result.origin.wcs, x, y, 3 * a, 3 * b, theta)
         form = 'ellipse({:.15g},{:.15g},{:.9g}",{:.9g}",{:.9g})'
     else:
@@ -2336,8 +2364,10 @@ def show_sources(axes, result):
     from matplotlib.colors import LinearSegmentedColormap
 
     field, objects = result.field, result.objects
-    picture, masked = shrink(field.residual, block_means), shrink(field.excluded, block_means)
-    picture = drawable(field.frame.differences(picture))
+    picture = drawable(field.frame.differences(shrink(field.residual, block_means)))
+    masked = np.zeros(picture.shape)
+    if field.excluded.any():
+        masked = shrink(field.excluded, block_means)
     open_sky = masked <= np.median(masked[masked < 1])
     greys = ScalarMappable(stretch(picture[open_sky]), "gray")
     show_image(axes, greys.to_rgba(picture, bytes=True), field.mask.shape)
@@ -2787,7 +2817,7 @@ def run(args):
             catalog = build_catalog(
                 result.objects, measurements, sky, origin.wcs, photometry, columns
             )
-            result = replace(result, catalog=catalog)
+            result = replace(result, catalog=catalog, text=tabulate(catalog, threads))
             list(share(jobs(result, "catalog", "catalog_fits", "regions"), threads))
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
@@ -3039,7 +3069,7 @@ def main(argv=None):
 def command():
     """Run `main` in a process of its own, and end it before Python takes apart all it has loaded.
 
-    Nor is what it has loaded searched for garbage. Both would take a tenth of a second each.
+    Nor is that searched for garbage any more. Both would take a tenth of a second each.
     """
     gc.freeze()
     code = main()

@@ -49,7 +49,7 @@ import sextractor
 PYTHON = sys.executable
 TESTS = Path(__file__).resolve().parent
 TOOL = TESTS.parent / "source_extractor.py"
-IMPORTS = "import numpy, sep, astropy.io.fits, matplotlib.figure, pandas"
+IMPORTS = "import numpy, sep, astropy.io.fits, matplotlib.figure"
 
 LEVEL, RISE = 100.0, (5.0, -3.0)  # of the background: at the centre; across the image in x, in y
 BAND = 1024  # rows of a sky that are made at a time

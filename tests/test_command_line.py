@@ -462,7 +462,7 @@ print(*sys.modules)"""
     assert "matplotlib" not in before
     assert "matplotlib.figure" in after
     unneeded = {f"astropy.{part}" for part in ("coordinates", "table", "wcs")}
-    assert not {"matplotlib.pyplot", "tifffile", *unneeded} & after
+    assert not {"matplotlib.pyplot", "pandas", "tifffile", *unneeded} & after
 
 
 def test_the_script_runs_as_a_file(write, stars, tmp_path):

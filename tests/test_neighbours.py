@@ -23,7 +23,7 @@ PHOTOMETRY = ["kron_radius", "flux_auto", "fluxerr_auto", "flux_radius", "xwin",
 
 def measure(field, objects, segmentation, settings=SETTINGS):
     found = source_extractor.Detections(objects, segmentation)
-    return source_extractor.measure(field, field, found, settings)
+    return pd.DataFrame(source_extractor.measure(field, field, found, settings))
 
 
 @pytest.fixture(scope="module")
