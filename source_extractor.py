@@ -1244,6 +1244,7 @@ def aside(job, threads):
     try:
         with together():
             connection.send(0)
+            connection.send(None)  # so that it ends, and lets go of the memory
         yield
         with together():
             (result,) = connection.recv().values()
@@ -1281,15 +1282,14 @@ def hire(jobs, crew):
 
 
 def serve(jobs, connection, others):
-    """Do the jobs whose numbers come in, one by one, and send back what they return or raise."""
+    """Do the jobs whose numbers come in, until None does; send back what they return or raise."""
     for other in others:  # or else this process wouldn't be told when the first one is gone
         other.close()
     for signum in STOPS:
         signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     with suppress(EOFError, OSError):
-        while True:
-            number = connection.recv()
+        while (number := connection.recv()) is not None:
             try:
                 result = jobs[number]()
             except Exception as error:
