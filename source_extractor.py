@@ -12,7 +12,7 @@ The file reads in the order of the work, as `run`, near its end, tells it. Its s
     Sharing the work         jobs on one image, done by one process or by many
     Detection                a field in, objects and the map of their labels out
     Measurements             sizes, fluxes and centroids of the objects
-    Catalogue                all of it in one table, whose columns stand in another
+    Catalogue                all of it in one table; COLUMNS says what its columns are
     Products: files          a result in; maps, tables and regions out
     Products: pictures       a result for the eye
     Products: all or none    the table of them, and how they are put in place
@@ -892,7 +892,7 @@ class Frame:
             return cls(offset)
         # Of a sky without noise only the wings of sources are the spread.
         spread = max(spread, 1e-15 * float(np.abs(values - offset).max()))
-        return cls(offset, 2.0 ** math.floor(math.log2(spread)))
+        return cls(offset, 2.0 ** (math.frexp(spread)[1] - 1))
 
     def enter(self, image):
         """Bring an image into the frame, in place."""
@@ -1175,7 +1175,10 @@ def global_rms(background):
 # Sharing the work
 # ---------------------------------------------------------------------------------------------
 
-LONG = 16  # jobs, from which on a terminal is shown the progress
+LONG = 16  # the fewest jobs of which a terminal is shown the progress
+
+# What ends a process in good order.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def shared_zeros(shape, dtype):
@@ -1203,7 +1206,7 @@ def share(jobs, threads):
     Raises
     ------
     InputError
-        If a process is killed; else whatever a job raises.
+        If a process is killed or can't start; else whatever a job raises.
     """
     if min(threads, len(jobs)) == 1:
         yield from (job() for job in jobs)
@@ -1229,30 +1232,6 @@ def share(jobs, threads):
         for process in crew.values():
             process.kill()
             process.join()
-
-
-@contextmanager
-def aside(job, threads):
-    """Do a job while the body runs, in a process more; with `threads` of 1, before it."""
-    if threads == 1:
-        job()
-        del job  # and with it what it holds
-        yield
-        return
-    process, connection = hire([job], [])
-    del job
-    try:
-        with together():
-            connection.send(0)
-            connection.send(None)  # so that it ends, and lets go of the memory
-        yield
-        with together():
-            (result,) = connection.recv().values()
-        if isinstance(result, Exception):
-            raise result
-    finally:
-        process.kill()
-        process.join()
 
 
 @contextmanager
@@ -1282,14 +1261,16 @@ def hire(jobs, crew):
 
 
 def serve(jobs, connection, others):
-    """Do the jobs whose numbers come in, until None does; send back what they return or raise."""
+    """Do the jobs whose numbers come in, one by one, and send back what they return or raise."""
     for other in others:  # or else this process wouldn't be told when the first one is gone
         other.close()
     for signum in STOPS:
-        signal.signal(signum, signal.SIG_DFL)
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     with suppress(EOFError, OSError):
-        while (number := connection.recv()) is not None:
+        while True:
+            number = connection.recv()
             try:
                 result = jobs[number]()
             except Exception as error:
@@ -1315,8 +1296,7 @@ def progress(stage, results, total):
 # Detection
 # ---------------------------------------------------------------------------------------------
 
-# How many rows of an image are searched at a time, and how many more for what goes on below them:
-# at the least.
+# The least rows of an image to search at a time, and the least more for what goes on below them.
 STRIP = 512
 OVERLAP = 64
 
@@ -1329,6 +1309,7 @@ MAX_SUB_OBJECTS = 32767
 SATURATED = 4
 BRIDGED = 256
 BESIDE_MASK = 512
+
 CLEAN_ZONE = 10.0  # SExtractor's: how far cleaning looks, in units of the sum of both a
 COPY = 40  # bytes of SEP's copy of a pixel
 DEBLENDING = 3e9  # bytes, the most that SEP may copy to deblend an object
@@ -1340,8 +1321,10 @@ PROFILE = np.dtype([(name, float) for name in ("height", "alpha", "light", "marg
 
 # A pixel of an object: which object, where, the light in the image, the filtered light, and the
 # margin by which that is above the threshold.
-PIXEL = np.dtype("i8, i8, i8, f8, f8, f8")
-PIXEL.names = ("owner", "y", "x", "light", "filtered", "margin")
+PIXEL = np.dtype(
+    [(name, int) for name in ("owner", "y", "x")]
+    + [(name, float) for name in ("light", "filtered", "margin")]
+)
 
 
 class Detections(NamedTuple):
@@ -1399,7 +1382,7 @@ class Strip(NamedTuple):
 
 
 def rim_of(field):
-    """Return how many rows at the edges of a strip lack some of their filtered light, and one."""
+    """Return one row more than lack some of their filtered light at an edge of a strip."""
     kernel = field.method.kernel
     return 1 if kernel is None else len(kernel) // 2 + 1
 
@@ -1420,12 +1403,16 @@ def require_room_to_deblend(field, strips, threads):
     apart, so by Jensen's inequality no more are below them on average than below their mean light.
     """
     extraction, levels = field.method.extraction, field.method.extraction.deblend_nthresh
-    # One so large fills boxes of 64 x 64 pixels more than noise does: of these, every 4th is seen.
-    mesh, seen = BackgroundSettings(bw=16, bh=16), np.s_[::4, ::4]
-    planes = field.residual[seen], field.detection_noise()[seen]
-    with np.errstate(over="ignore"):
-        bright = box_sums(lambda light, noise: light > extraction.thresh * noise, mesh, *planes)
-    if COPY * levels * 16 * bright[3 * bright > 16 * 16].sum() < DEBLENDING:
+    bright = 0  # pixels that could be of one object: those of noise are as many below as above
+    for first, end, _ in strips:
+        light, noise = (
+            plane[first:end:4, ::4] for plane in (field.residual, field.detection_noise())
+        )
+        with np.errstate(over="ignore"):
+            level = extraction.thresh * noise
+        above, below = (np.count_nonzero(values > level) for values in (light, -light))
+        bright += 16 * max(above - below, 0)
+    if COPY * levels * bright < DEBLENDING:
         return
     extraction = replace(extraction, deblend_nthresh=1, clean=False)
     method = replace(field.method, extraction=extraction)
@@ -1552,7 +1539,7 @@ def number_labels(labels, strip, ids, starts, apart):
 
 def flag_fields(found, field, measure_field):
     """Flag the objects, in place, that hold saturated or bridged pixels in any of the fields."""
-    for each in (field, measure_field):
+    for each in (field,) if measure_field is field else (field, measure_field):
         for where, bit in ((each.saturated, SATURATED), (each.bridged(), BRIDGED)):
             labels = np.unique(found.segmentation[where])
             found.objects["flag"][labels[labels > 0] - 1] |= bit
@@ -1635,10 +1622,10 @@ def recount(objects, cut, pixels):
 
 @np.errstate(over="ignore", invalid="ignore")
 def filter_pixels(field, where, owner):
-    """Filter the image as SEP does it, at the flat indices of the objects' pixels alone.
+    """Return a `PIXEL` for each flat index in `where`, of the image filtered as SEP does it.
 
-    A matched filter weighs pixels by their noise: its margin is what it would be if the noise
-    nearby were even.
+    The object there is its `owner`. A matched filter weighs pixels by their noise: its margin is
+    what it would be if the noise nearby were even.
     """
     kernel, thresh = field.method.kernel, field.method.extraction.thresh
     kernel = np.ones((1, 1)) if kernel is None else kernel / np.abs(kernel).sum()
@@ -1792,8 +1779,8 @@ class Shapes(NamedTuple):
 
 
 @timed("measure")
-def measure(field, measure_field, found, settings, threads=1):
-    """Measure sizes, Kron and aperture fluxes, and windowed centroids.
+def measure(field, measure_field, found, settings, threads=1, beside=()):
+    """Measure sizes, Kron and aperture fluxes, and windowed centroids; do some jobs beside it.
 
     The objects `found` in `field` have their Kron ellipses there, and are measured in the other
     one. The result has a value an object, by the name of the column, in pixels and image values,
@@ -1806,14 +1793,14 @@ def measure(field, measure_field, found, settings, threads=1):
     with masked_as_neighbours(labels, field.mask):
         neighbours = {"segmap": labels, "seg_id": ids}
         kron, kron_flag = kron_radii(field, shapes, neighbours, settings)
-    jobs = []
+    jobs = [*beside]
     for start in range(0, max(len(ids), 1), BATCH):
         some = slice(start, start + BATCH)
         own = Shapes(*(values[some] for values in shapes))
         neighbours = {"segmap": labels, "seg_id": ids[some]}
         jobs.append(partial(measure_some, measure_field, own, kron[some], neighbours, settings))
     with masked_as_neighbours(labels, measure_field.mask):
-        parts = list(progress("measure", share(jobs, threads), len(jobs)))
+        parts = list(progress("measure", share(jobs, threads), len(jobs)))[len(beside) :]
     measured = (kron_flag & sep.APER_ALLMASKED) == 0
     columns = {}
     for name in parts[0]:
@@ -1997,15 +1984,6 @@ def pixels_at(rows, columns, shape):
     return (y == rows) & (x == columns), y * shape[1] + x
 
 
-def at_objects(values, objects):
-    """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
-    rows, columns = (
-        np.clip(np.rint(np.nan_to_num(objects[axis])), 0, size - 1).astype(int)
-        for axis, size in zip("yx", values.shape, strict=True)
-    )
-    return values[rows, columns].astype(float)
-
-
 # ---------------------------------------------------------------------------------------------
 # Catalogue
 # ---------------------------------------------------------------------------------------------
@@ -2181,7 +2159,7 @@ class Result:
     settings: list[str]  # how it was made, a line each
     image_format: str | None  # "fits", "tiff", or None to go by the extensions of image products
     catalog: dict[str, np.ndarray] | None = None
-    text: str = ""  # the catalogue as such
+    text: str = ""  # the catalogue, tab-separated
 
     def history(self, product):
         """Return lines that say what made a product, which one it is, and with what settings."""
@@ -2235,6 +2213,15 @@ def write_image(product, path, result):
         with fits.open(path, "append") as file:
             file.extend(hdus[1:])
     return at
+
+
+def at_objects(values, objects):
+    """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
+    rows, columns = (
+        np.clip(np.rint(np.nan_to_num(objects[axis])), 0, size - 1).astype(int)
+        for axis, size in zip("yx", values.shape, strict=True)
+    )
+    return values[rows, columns].astype(float)
 
 
 def write_catalog(path, result):
@@ -2438,15 +2425,13 @@ def draw_overview(path, result):
 # Products: all or none
 # ---------------------------------------------------------------------------------------------
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 class Product(NamedTuple):
     """A product: its name in the output directory (None: on request), what it is, its writer."""
 
     default: str | None
     text: str
-    write: Callable[[Path, Result], None]
+    write: Callable[[Path, Result], np.ndarray | None]
 
     def file_name(self, suffix):
         """Return the default name, if any, an image's with the extension of its format."""
@@ -2805,20 +2790,18 @@ def run(args):
         result = Result(origin, field, *found, columns, history, form)
 
         jobs = partial(product_jobs, paths, targets)
-        with aside(*jobs(result, "overlay"), threads):  # as it doesn't need what is measured
-            measurements = measure(field, measure_field, found, photometry, threads)
-            list(share(jobs(result, "overview", "subtracted", "segmentation"), threads))
-            # The labels make room for the maps of the background.
-            found, result = None, replace(result, segmentation=None)
-            sky = list(share(jobs(result, "background", "rms"), threads))
-            if measure_field is not field:
-                maps = measure_field.level_map, measure_field.rms_map
-                sky = [at_objects(make(), result.objects) for make in maps]
-            catalog = build_catalog(
-                result.objects, measurements, sky, origin.wcs, photometry, columns
-            )
-            result = replace(result, catalog=catalog, text=tabulate(catalog, threads))
-            list(share(jobs(result, "catalog", "catalog_fits", "regions"), threads))
+        drawing = jobs(result, "overlay")  # which doesn't need what is measured
+        measurements = measure(field, measure_field, found, photometry, threads, drawing)
+        list(share(jobs(result, "overview", "subtracted", "segmentation"), threads))
+        # The labels make room for the maps of the background.
+        found, drawing, result = None, None, replace(result, segmentation=None)
+        sky = list(share(jobs(result, "background", "rms"), threads))
+        if measure_field is not field:
+            maps = measure_field.level_map, measure_field.rms_map
+            sky = [at_objects(make(), result.objects) for make in maps]
+        catalog = build_catalog(result.objects, measurements, sky, origin.wcs, photometry, columns)
+        result = replace(result, catalog=catalog, text=tabulate(catalog, threads))
+        list(share(jobs(result, "catalog", "catalog_fits", "regions"), threads))
     for product, path in targets.items():
         log.info("%-13s %s", product, path)
 
@@ -2956,13 +2939,13 @@ def warn_of_counts(field, values, background):
     levels, numbers = np.unique(values, return_counts=True)
     if len(levels) < 2 or numbers.max() <= MUCH_ALIKE * len(values):
         return
-    share, level = numbers.max() / len(values), levels[numbers.argmax()]
+    part, level = numbers.max() / len(values), levels[numbers.argmax()]
     # Bernstein's bound of Poisson's counts under the filter, of which as many are none.
-    rate, area = -math.log(share), math.pi / math.log(4) * COUNT_FWHM**2
+    rate, area = -math.log(part), math.pi / math.log(4) * COUNT_FWHM**2
     excess = math.sqrt(2 * rate * area * COUNT_ODDS) + COUNT_ODDS / 3
     thresh = level + np.diff(levels).min() * (rate + excess / area) - background
     text = (
-        f"{100 * share:.0f} % of the pixels have the value {level:g}, so noise is no unit: mask "
+        f"{100 * part:.0f} % of the pixels have the value {level:g}, so noise is no unit: mask "
         "them if they hold no data; else take an absolute threshold (--err-option none --thresh "
         f"{thresh:.3g}) and smooth more (--filter-case gaussian --filter-fwhm {COUNT_FWHM:g})"
     )
@@ -3010,8 +2993,9 @@ def warn_of_boxes(field, found):
     size = min(2 * max(widest, math.ceil(np.sqrt(width * height).max())), max(field.mask.shape))
     log.warning(
         "sources fill more than half of %d of the %d background boxes, which take their light for "
-        "background: try boxes of %d pixels (--bw %d --bh %d), or else --background-passes 2",
+        "background: try boxes of %d pixels (--bw %d --bh %d)%s",
         *(full.sum(), full.size, size, size, size),
+        "" if field.method.background_passes == 2 else ", or else --background-passes 2",
     )
 
 

@@ -1,16 +1,17 @@
 """Time and memory of whole runs: the tool beside SExtractor, photutils and a naive script.
 
-    tests/benchmark.py [--sizes 360 1024 4096] [--repeats 5] [--only NAME ...]
+    python tests/benchmark.py [--sizes 360 1024 4096] [--repeats 5] [--only NAME ...]
 
-All of them find the sources of the same simulated skies with the same parameters, and write
-background, RMS, segmentation and a catalogue:
+The tool's environment is enough; of the others those run that are installed. All of them find the
+sources of the same simulated skies with the same parameters, and write background, RMS,
+segmentation and a catalogue:
 
     tool             source_extractor.py in one process, with its picture of the sources
     tool x2          the same in two
     SExtractor       with the columns that SEP has: positions, shapes, isophotal fluxes, flags
     SExtractor full  with AUTO photometry, half-light radii and windowed positions as well
-    photutils        tools/with_photutils.py, where photutils is installed
-    naive            tools/naive.py, with a picture as large as the image
+    photutils        tools/with_photutils.py, which needs photutils
+    naive            tools/naive.py, with a picture as large as the image; needs pandas
     imports          python, which only imports what the tool does: the floor of its start-up
 
 They run in turn, so that whatever else the machine does is shared fairly, and a ratio is the median
@@ -18,11 +19,15 @@ of those of the runs of one turn. A run counts only if it wrote all its products
 tell whether the work was the same. The first run of each is not timed: the memory of all its
 processes is read then. Prints a table in Markdown for each size:
 
+    seconds        of wall time, the median
+    tool / it      the tool's seconds over this program's
+    found          sources in the catalogue
     largest        peak resident memory of the largest process, in MB; no less than that of the
                    process here, about 20
     together       peak memory of all processes, each page shared out among those that hold it, in
                    MB; sampled, hence at least the largest's; on Linux only
-    bytes a pixel  by which the peak grows with the image, from the smallest image on
+    bytes a pixel  by which the peak grows with the image, from the smallest image on to one of at
+                   least 4096 x 4096
 
 A sky of 32768 x 32768 pixels and what is made of it take 20 GB of disk. Exits with 1 if a program
 failed.
@@ -102,24 +107,20 @@ def installed():
     absent = set()
     if not sextractor.PROGRAM:
         absent |= {"SExtractor", "SExtractor full"}
-    if not importlib.util.find_spec("photutils"):
-        absent.add("photutils")
+    needed = {"photutils": "photutils", "naive": "pandas"}
+    absent |= {name for name, module in needed.items() if not importlib.util.find_spec(module)}
     return [name for name in PRODUCTS if name not in absent]
 
 
 def command(name, image, output):
     """Return the command of a program for an image and an empty directory, its working one."""
     match name:
-        case "tool":
-            return [PYTHON, TOOL, image, "-o", output, "-q", "--threads", "1"]
-        case "tool x2":
-            return [PYTHON, TOOL, image, "-o", output, "-q", "--threads", "2"]
-        case "SExtractor":
-            columns = SEP_COLUMNS.split()
-            return [*sextractor.configured(output, columns, **SEXTRACTOR_SETTINGS), image]
-        case "SExtractor full":
-            columns = (SEP_COLUMNS + MORE_COLUMNS).split()
-            return [*sextractor.configured(output, columns, **SEXTRACTOR_SETTINGS), image]
+        case "tool" | "tool x2":
+            threads = "2" if name == "tool x2" else "1"
+            return [PYTHON, TOOL, image, "-o", output, "-q", "--threads", threads]
+        case "SExtractor" | "SExtractor full":
+            columns = SEP_COLUMNS + (MORE_COLUMNS if name == "SExtractor full" else "")
+            return [*sextractor.configured(output, columns.split(), **SEXTRACTOR_SETTINGS), image]
         case "photutils":
             return [PYTHON, TESTS / "tools" / "with_photutils.py", image, output]
         case "naive":
@@ -260,10 +261,17 @@ def report(size, runs, smallest):
             ratio(timed.get("tool x2"), others),
             f"{largest / 1e6:.0f}",
             f"{peak / 1e6:.0f}" if watched.together else "",
-            f"{(peak - least) / (size**2 - first**2):.1f}" if size > first else "",
+            f"{(peak - least) / (size**2 - first**2):.1f}" if size >= LARGE > first else "",
             str(watched.found or ""),
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def positive(text):
+    """Return a whole number from 1 on."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def main(argv=None):
@@ -272,15 +280,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--sizes",
-        type=int,
+        type=positive,
         nargs="+",
         default=[360, 1024, 4096],
         metavar="PIXELS",
         help="sides of the skies (360 1024 4096)",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (%(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each (5)")
     parser.add_argument(
-        "--density", type=int, default=2500, help="pixels for each source (%(default)s)"
+        "--density", type=positive, default=2500, help="pixels for each source (2500)"
     )
     parser.add_argument(
         "--only",

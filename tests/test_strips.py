@@ -1,5 +1,6 @@
 """Strips and processes: how an image is cut, and who works on it, changes nothing that is found."""
 
+import errno
 import multiprocessing
 import os
 import pty
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import sep
 from numpy.testing import assert_allclose, assert_array_equal
+from skimage.measure import label
 
 import source_extractor
 from common import SCRIPT, all_nine, call, field_of
@@ -23,6 +25,7 @@ from sky import blobs, random_sources, simulate
 from source_extractor import InputError, find_sources, make_kernel, share
 
 WHOLE = 10**9, 0
+SMALL, TALL = (100, 120), (1200, 90)
 CUTS = (32, 0), (64, 16), (150, 40)
 
 
@@ -160,10 +163,16 @@ def test_half_filtered_rows_join_nothing(cut):
     assert sorted(found["ymin"]) == [49, 99]
 
 
-def test_objects_stand_in_the_order_in_which_their_groups_end(cut):
-    field = field_of(crowded_sky(), clean=False, deblend_nthresh=1)
+@pytest.mark.parametrize("levels", [1, 32])
+def test_objects_stand_in_the_order_in_which_their_groups_end(cut, levels):
+    field = field_of(crowded_sky(), clean=False, deblend_nthresh=levels)
     objects, labels = cut(field, 64, 16)
-    ends = [(y, np.flatnonzero(labels[y] == i).max()) for i, y in enumerate(objects["ymax"], 1)]
+    groups = label(labels > 0, connectivity=2)
+    assert (groups.max() < len(objects)) == (levels > 1)
+    ends = []
+    for y, x in zip(objects["ypeak"], objects["xpeak"], strict=True):
+        rows, columns = np.nonzero(groups == groups[y, x])
+        ends.append((rows.max(), columns[rows == rows.max()].max()))
     assert ends == sorted(ends)
 
 
@@ -258,6 +267,51 @@ def test_a_killed_run_leaves_no_process_and_no_product(write, tmp_path, victim):
     wait_for(lambda: not processes(image))
     left = [path.name for path in output.iterdir()]
     assert left == [] or (victim == "parent by KILL" and all(name[0] == "." for name in left))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_a_run_under_nohup_outlives_its_terminal(write, tmp_path):
+    noise = np.random.default_rng(1).normal(size=(2000, 900)).astype(np.float32)
+    image, output = write(noise), tmp_path / "products"
+    command = ["nohup", sys.executable, SCRIPT, image, "-q", "-o", output, "--threads", "2"]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **streams, start_new_session=True)
+    wait_for(lambda: processes(image).get(process.pid))
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert len(list(output.iterdir())) == 5
+
+
+@pytest.mark.parametrize("shape", [SMALL, TALL])
+def test_a_process_that_cannot_start_costs_one_line(run, write, monkeypatch, shape):
+    def refuse():
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    path = write(blobs(shape, (10, 40), peak=100, seed=1))
+    monkeypatch.setattr(os, "fork", refuse)
+    run(path, "--threads", "2").assert_refused("--threads")
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), None])
+def test_a_picture_that_is_not_drawn_costs_one_line(run, tall, monkeypatch, error):
+    def fail(*_):
+        if error:
+            raise error
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    overlay = source_extractor.PRODUCTS["overlay"]._replace(write=fail)
+    monkeypatch.setitem(source_extractor.PRODUCTS, "overlay", overlay)
+    run(tall, "--threads", "2").assert_refused("No space left" if error else "killed")
+    assert not multiprocessing.active_children()
+
+
+def test_a_net_of_thin_lines_is_too_large_to_deblend_as_well(run, write):
+    image = np.random.default_rng(1).normal(0, 1, (900, 900)).astype(np.float32)
+    y, x = np.indices(image.shape)
+    image[(y % 36 < 3) | (x % 36 < 3)] += 100
+    options = ("--deblend-nthresh", 1024, "--bw", 900, "--bh", 900)
+    run(write(image), *options).assert_refused("GB", "1024 levels")
 
 
 def test_too_many_levels_for_a_large_object_are_refused_before_it_starts(run, write):
