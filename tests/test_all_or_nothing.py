@@ -118,6 +118,34 @@ def test_a_run_that_is_killed_leaves_everything_as_it_was(write, stars, old, tmp
     assert tree(tmp_path) == before
 
 
+KILLED_TWICE = """
+import os, signal, sys
+from pathlib import Path
+import source_extractor
+
+def with_a_kill(function):
+    def kill_and_call(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
+    return kill_and_call
+
+source_extractor.build_field = with_a_kill(source_extractor.build_field)
+Path.unlink = with_a_kill(Path.unlink)
+source_extractor.command()
+"""
+
+
+def test_more_kills_while_it_clears_up_leave_nothing(write, stars, tmp_path):
+    image = write(stars)
+    before = tree(tmp_path)
+    command = [sys.executable, "-c", KILLED_TWICE, image, "-q", *all_nine(tmp_path)]
+    done = subprocess.run(
+        command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert tree(tmp_path) == before
+
+
 KILLED_WHILE_PUTTING_IN_PLACE = """
 import os, signal, sys
 import source_extractor

@@ -306,10 +306,17 @@ def test_a_picture_that_is_not_drawn_costs_one_line(run, tall, monkeypatch, erro
     assert not multiprocessing.active_children()
 
 
-def test_a_net_of_thin_lines_is_too_large_to_deblend_as_well(run, write):
+@pytest.mark.parametrize(
+    "bright",
+    [
+        lambda y, x: (y % 36 < 3) | (x % 36 < 3),
+        lambda y, x: ((y % 2 == 1) | (x % 2 == 1)) & (np.hypot(x - 450, y - 450) < 200),
+    ],
+    ids=["a net of thin lines", "a mosaic of colours"],
+)
+def test_what_is_full_of_holes_can_be_too_large_to_deblend_as_well(run, write, bright):
     image = np.random.default_rng(1).normal(0, 1, (900, 900)).astype(np.float32)
-    y, x = np.indices(image.shape)
-    image[(y % 36 < 3) | (x % 36 < 3)] += 100
+    image[bright(*np.indices(image.shape))] += 100
     options = ("--deblend-nthresh", 1024, "--bw", 900, "--bh", 900)
     run(write(image), *options).assert_refused("GB", "1024 levels")
 
