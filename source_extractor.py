@@ -24,12 +24,9 @@ Conventions, everywhere: images are indexed (y, x); x and y are 0-based with pix
 integers; masks are True where a pixel is excluded; `theta` is in radians from +x towards +y.
 """
 
-import gc
-
-gc.disable()  # until all is imported: nothing of it is garbage, but to look for it takes 0.1 s
-
 import argparse
 import bz2
+import gc
 import gzip
 import io
 import logging
@@ -60,8 +57,6 @@ import sep
 from astropy import units as u
 from astropy.io import fits
 from numpy.lib.stride_tricks import sliding_window_view
-
-gc.enable()
 
 # Everything else is imported where it is used: a run does without most of it.
 if TYPE_CHECKING:
@@ -1210,8 +1205,10 @@ LONG = 16  # the fewest jobs of which a terminal is shown the progress
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def shared_zeros(shape, dtype):
+def shared_zeros(shape, dtype, threads):
     """Return an array of zeros that all processes which share the work can write to."""
+    if threads == 1:
+        return np.zeros(shape, dtype)  # faster: in larger pages
     try:
         memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
     except OSError as error:
@@ -1327,7 +1324,7 @@ def progress(stage, results, total):
 
 # The least rows of an image to search at a time, and the least more for what goes on below them.
 STRIP = 512
-OVERLAP = 64
+OVERLAP = 32
 
 # SEP's own starting values and the most it takes without overflow; see `grow_limits`.
 PIXEL_STACK = 300_000
@@ -1376,7 +1373,7 @@ def find_sources(field, threads=1):
             "the background has no noise, so a threshold in units of it has no meaning; give an "
             "absolute one (--err-option none), or a noise image (--err-option file)"
         )
-    labels = shared_zeros(field.mask.shape, np.int32)
+    labels = shared_zeros(field.mask.shape, np.int32, threads)
     strips = cut_into_strips(field)
     apart = (2**31 - 1) // len(strips)  # the labels of two strips, until all are found
     # SEP takes them for 0 too, but filters the first rows before it does.
@@ -1445,7 +1442,7 @@ def require_room_to_deblend(field, strips, threads):
         return
     extraction = replace(extraction, deblend_nthresh=1, clean=False)
     method = replace(field.method, extraction=extraction)
-    field, labels = replace(field, method=method), shared_zeros(field.mask.shape, np.int32)
+    field, labels = replace(field, method=method), shared_zeros(field.mask.shape, np.int32, threads)
     jobs = [partial(search_strip, field, labels, strip, 0) for strip in strips]
     objects = np.concatenate([found for found, _ in share(jobs, threads)])
     mean, low, high = objects["cflux"] / objects["npix"], objects["thresh"], objects["cpeak"]
@@ -1793,8 +1790,9 @@ STRAY = 0.5
 # The label of masked pixels while sources are measured; exact in float32, in which SEP compares.
 MASKED = 2**30
 
-# How many sources are measured at a time.
-BATCH = 2000
+# How many sources are measured at a time, and pixels of the window of each.
+BATCH = 1000
+WINDOW_PIXELS = 500
 
 
 class Shapes(NamedTuple):
@@ -1961,15 +1959,16 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
     halves = np.ceil(np.minimum(WINDOW_REACH * sigma, max(image.shape)))
     halves[np.isnan(xwin)] = np.nan
     sums = np.full((4, len(xwin)), np.nan)
-    # All windows of one size together, row by row: fast for many sources, lean for large ones.
+    # All windows of one size together, some rows at a time: fast for small ones, lean for large.
     for half in np.unique(halves[halves > 0]).astype(int):
         alike, offsets = np.flatnonzero(halves == half), np.arange(-half, half + 1)
-        x, y, s, own_id = (values[alike, np.newaxis] for values in (xwin, ywin, sigma, ids))
-        columns = np.rint(x).astype(int) + offsets
-        dx, total = columns - x, 0
-        for rows in np.rint(y).astype(int) + offsets[:, np.newaxis, np.newaxis]:
+        x, y, s, own_id = (values[alike, None, None] for values in (xwin, ywin, sigma, ids))
+        columns, total = np.rint(x).astype(int) + offsets, 0
+        height = max(1, WINDOW_PIXELS // len(offsets))
+        for start in range(0, len(offsets), height):
+            rows = np.rint(y).astype(int) + offsets[start : start + height, None]
             inside, at = pixels_at(rows, columns, image.shape)
-            dy = rows - y
+            dx, dy = columns - x, rows - y
             r2 = (dx**2 + dy**2) / s**2
             owner = labels.take(at)
             own = inside & (r2 < WINDOW_REACH**2) & ((owner == own_id) | (owner == 0))
@@ -1977,9 +1976,8 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
             light = weight * np.where(own, image.take(at), 0)
             rms = weight * np.where(own, noise.take(at) if np.ndim(noise) else noise, 0)
             variance = rms**2 + weight * np.maximum(light, 0) / gain
-            sum_, sum_x = variance.sum(axis=1), np.einsum("ij,ij->i", variance, dx)
-            sum_xx, dy = np.einsum("ij,ij,ij->i", variance, dx, dx), dy[:, 0]
-            total += np.array([light.sum(axis=1), sum_xx, sum_ * dy**2, sum_x * dy])
+            terms = light, variance * dx**2, variance * dy**2, variance * dx * dy
+            total += np.array([term.sum(axis=(1, 2)) for term in terms])
         sums[:, alike] = total
     xx, yy, xy = 4 * sums[1:] / np.where(sums[0] > 0, sums[0], np.nan) ** 2
     mean, half_gap = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
