@@ -3093,7 +3093,7 @@ def main(argv=None):
 def command():
     """Run `main` in a process of its own, and end it before Python takes apart all it has loaded.
 
-    Nor is that searched for garbage any more. Both would take a tenth of a second each.
+    That would take a tenth of a second. Nor is what is loaded by now searched for garbage.
     """
     gc.freeze()
     code = main()
