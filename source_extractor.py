@@ -925,6 +925,7 @@ class Frame:
                 image -= self.offset
                 image /= self.scale
 
+    @np.errstate(over="ignore")
     def levels(self, values):
         """Bring levels back into image values, in place, and return them."""
         if self != Frame():
@@ -932,6 +933,7 @@ class Frame:
             values += self.offset
         return values
 
+    @np.errstate(over="ignore")
     def differences(self, values):
         """Return noise, fluxes and differences of levels in image values."""
         return values if self.scale == 1 else values * self.scale
@@ -2972,6 +2974,7 @@ COUNT_FWHM = 4.0
 COUNT_ODDS = 14.0
 
 
+@np.errstate(over="ignore")
 def warn_of_counts(field, values, background):
     """Tell if most pixels have one value, and how to find sources among photons all the same."""
     levels, numbers = np.unique(values, return_counts=True)
@@ -2982,6 +2985,8 @@ def warn_of_counts(field, values, background):
     rate, area = -math.log(part), math.pi / math.log(4) * COUNT_FWHM**2
     excess = math.sqrt(2 * rate * area * COUNT_ODDS) + COUNT_ODDS / 3
     thresh = level + np.diff(levels).min() * (rate + excess / area) - background
+    if not math.isfinite(thresh):  # at the ends of float64
+        return
     text = (
         f"{100 * part:.0f} % of the pixels have the value {level:g}, so noise is no unit: mask "
         "them if they hold no data; else take an absolute threshold (--err-option none --thresh "
