@@ -41,6 +41,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
@@ -3076,7 +3077,7 @@ def stop(signum, _frame):
 
 
 def main(argv=None):
-    """Run the tool on command line arguments; return its exit code (0, or 1 for unusable data)."""
+    """Run the tool on command line arguments; return its exit code: 0, or 1 if it failed."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if problem := check_usage(args):
@@ -3089,6 +3090,10 @@ def main(argv=None):
         problem = one_line(error)
     except MemoryError:
         problem = f"{args.image}: not enough memory; cut the image into parts"
+    except Exception as error:
+        log.debug(traceback.format_exc())
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        problem = f"{args.image}: a fault of the tool ({reason}); report it with what -v tells"
     else:
         return 0
     print(f"{PROG}: error: {problem}", file=sys.stderr)

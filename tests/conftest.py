@@ -14,7 +14,9 @@ def run(tmp_path, capsys):
     def run_tool(*arguments):
         directory = tmp_path / "products"
         code = call(*arguments, "-o", directory)
-        return Run(code, *capsys.readouterr(), directory)
+        result = Run(code, *capsys.readouterr(), directory)
+        assert "a fault of the tool" not in result.err
+        return result
 
     return run_tool
 

@@ -451,6 +451,17 @@ def test_the_installed_command_is_that_of_the_script():
     assert pkgutil.resolve_name(target) is source_extractor.command
 
 
+@pytest.mark.parametrize("option", ["-v", "-q"])
+def test_a_fault_of_the_tool_is_called_so(write, stars, tmp_path, monkeypatch, capsys, option):
+    monkeypatch.setattr(source_extractor, "measure", lambda *_: {}["no such"])
+    assert call(write(stars), option, "-o", tmp_path / "products") == 1
+    said = capsys.readouterr()
+    assert re.fullmatch(ONE_ERROR, said.err)
+    assert "a fault of the tool (KeyError: 'no such')" in said.err
+    assert ("Traceback" in said.out) == (option == "-v")
+    assert not list((tmp_path / "products").iterdir())
+
+
 def test_a_run_imports_only_what_it_needs(write, stars, tmp_path):
     code = """import sys, source_extractor
 print(*sys.modules)

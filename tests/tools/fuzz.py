@@ -419,6 +419,8 @@ def fault_of(status, peak, sound, directory):
         return "said more than lines of its own"
     if peak > BYTES:
         return f"took {peak / 1e9:.1f} GB"
+    if any("a fault of the tool" in line for line in said):
+        return "called it a fault of its own"
     if status:
         if errors != 1:
             return f"said {errors} errors"
