@@ -1441,12 +1441,11 @@ def require_room_to_deblend(field, strips, threads):
     """
     extraction, levels = field.method.extraction, field.method.extraction.deblend_nthresh
     # Of noise as many are below as above; a prime step meets all of a pattern such as Bayer's.
-    step, bright = 7, 0
+    step, bright, thresh = 7, 0, extraction.thresh / (field.depth() or 1)
     for first, end, _ in strips:
         light = field.residual[first:end:step, ::step]
         with np.errstate(over="ignore"):
-            level = extraction.thresh * field.detection_noise()[first:end:step, ::step]
-            level /= field.depth() or 1
+            level = thresh * field.detection_noise()[first:end:step, ::step]
         above, below = (np.count_nonzero(values > level) for values in (light, -light))
         bright += step**2 * max(above - below, 0)
     if COPY * levels * bright < DEBLENDING:
@@ -1839,18 +1838,14 @@ def measure(field, measure_field, found, settings, threads=1, beside=()):
         jobs.append(partial(measure_some, measure_field, own, kron[some], neighbours, settings))
     with masked_as_neighbours(labels, measure_field.mask):
         parts = list(progress("measure", share(jobs, threads), len(jobs)))[len(beside) :]
-    measured = (kron_flag & sep.APER_ALLMASKED) == 0
-    columns = {}
-    for name in parts[0]:
-        values = np.concatenate([part[name] for part in parts])
-        if name == "flag_auto":
-            columns[name] = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
-            # The Kron radius reaches further than the flux: edge and neighbours there don't matter.
-            columns[name][sane] = values | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
-        else:
-            columns[name] = np.full(len(objects), np.nan)
-            columns[name][sane] = np.where(measured, values, np.nan)
-    return columns
+    measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    flag = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
+    # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
+    flag[sane] = measured.pop("flag_auto") | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
+    values, usable_kron = list(measured.values()), (kron_flag & sep.APER_ALLMASKED) == 0
+    columns = np.full((len(values), len(objects)), np.nan)
+    columns[:, sane] = np.where(usable_kron, values, np.nan)
+    return dict(zip(measured, columns, strict=True)) | {"flag_auto": flag}
 
 
 def measure_some(field, shapes, kron, neighbours, settings):
@@ -2830,12 +2825,14 @@ def run(args):
         result = Result(origin, field, *found, columns, history, form)
 
         jobs = partial(product_jobs, paths, targets)
-        drawing = jobs(result, "overlay")  # which doesn't need what is measured
-        measurements = measure(field, measure_field, found, photometry, threads, drawing)
+        # The picture doesn't need what is measured.
+        measurements = measure(
+            field, measure_field, found, photometry, threads, jobs(result, "overlay")
+        )
         list(share(jobs(result, "overview", "subtracted", "segmentation"), threads))
         # The labels make room for the maps of the background; two at once take it for one of them.
         room = found.segmentation if threads > 1 else None
-        found, drawing, result = None, None, replace(result, segmentation=None, room=room)
+        found, result = None, replace(result, segmentation=None, room=room)
         sky = list(share(jobs(result, "background", "rms"), threads))
         if measure_field is not field:
             maps = measure_field.level_map, measure_field.rms_map
