@@ -286,9 +286,11 @@ def main(argv=None):
         metavar="PIXELS",
         help="sides of the skies (360 1024 4096)",
     )
-    parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each (5)")
     parser.add_argument(
-        "--density", type=positive, default=2500, help="pixels for each source (2500)"
+        "--repeats", type=positive, default=5, help="timed runs of each (%(default)s)"
+    )
+    parser.add_argument(
+        "--density", type=positive, default=2500, help="pixels for each source (%(default)s)"
     )
     parser.add_argument(
         "--only",

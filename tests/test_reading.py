@@ -7,7 +7,6 @@ import re
 import struct
 
 import numpy as np
-import PIL.Image
 import pytest
 import tifffile
 from astropy.io import fits
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from common import start
 from contract import one_line
+from files import patched_tiff, pillow_bytes, tiff_bytes
 from source_extractor import InputError, read_image
 
 # What Galaxy calls every file, whatever is in it.
@@ -64,18 +64,6 @@ def hdus_bytes(*hdus):
     """Return a FITS file with an empty primary HDU, and after it the given ones."""
     buffer = io.BytesIO()
     fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(buffer)
-    return buffer.getvalue()
-
-
-def tiff_bytes(data, **keywords):
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, data, **({"photometric": "minisblack"} | keywords))
-    return buffer.getvalue()
-
-
-def pillow_bytes(data, **keywords):
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(data).save(buffer, format="TIFF", **keywords)
     return buffer.getvalue()
 
 
@@ -493,16 +481,6 @@ RICE = hdus_bytes(fits.CompImageHDU(SMOOTH.astype(np.int16)))
 LINE = fits.ImageHDU(np.arange(9.0))
 NO_PIXELS = fits.Header({"XTENSION": "IMAGE", "BITPIX": 8, "NAXIS": 2, "NAXIS1": 0, "NAXIS2": 9})
 TABLE = fits.BinTableHDU.from_columns([fits.Column("x", "E", array=np.arange(3.0))], name="TAB")
-
-
-def patched_tiff(content, tag, value):
-    """Return a TIFF file with another (integer) value for one of its tags."""
-    buffer = io.BytesIO(content)
-    with tifffile.TiffFile(buffer) as tiff:
-        found = tiff.pages[0].tags[tag]
-        buffer.seek(found.valueoffset)
-        buffer.write(struct.pack("<I" if found.dtype == 4 else "<H", value))
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(

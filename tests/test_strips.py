@@ -249,14 +249,19 @@ def wait_for(condition):
     raise TimeoutError
 
 
+@pytest.fixture
+def noise(write):
+    """Return an image that takes several strips, and so a while."""
+    return write(np.random.default_rng(1).normal(size=(2000, 900)).astype(np.float32))
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 @pytest.mark.parametrize("victim", ["parent by TERM", "parent by KILL", "child"])
-def test_a_killed_run_leaves_no_process_and_no_product(write, tmp_path, victim):
-    noise = np.random.default_rng(1).normal(size=(2000, 900)).astype(np.float32)
-    image, output = write(noise), tmp_path / "products"
-    command = [SCRIPT, image, "-o", output, "--threads", "2", "--thresh", "0.3", "--minarea", "1"]
+def test_a_killed_run_leaves_no_process_and_no_product(noise, tmp_path, victim):
+    output = tmp_path / "products"
+    command = [SCRIPT, noise, "-o", output, "--threads", "2", "--thresh", "0.3", "--minarea", "1"]
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
-    children = wait_for(lambda: processes(image).get(process.pid))
+    children = wait_for(lambda: processes(noise).get(process.pid))
     if victim == "child":
         os.kill(children[0], signal.SIGKILL)
     else:
@@ -264,19 +269,18 @@ def test_a_killed_run_leaves_no_process_and_no_product(write, tmp_path, victim):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == {"child": 1, "parent by TERM": 143}.get(victim, -signal.SIGKILL)
     assert re.fullmatch(ONE_ERROR if victim == "child" else "", errors)
-    wait_for(lambda: not processes(image))
+    wait_for(lambda: not processes(noise))
     left = [path.name for path in output.iterdir()]
     assert left == [] or (victim == "parent by KILL" and all(name[0] == "." for name in left))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
-def test_a_run_under_nohup_outlives_its_terminal(write, tmp_path):
-    noise = np.random.default_rng(1).normal(size=(2000, 900)).astype(np.float32)
-    image, output = write(noise), tmp_path / "products"
-    command = ["nohup", sys.executable, SCRIPT, image, "-q", "-o", output, "--threads", "2"]
+def test_a_run_under_nohup_outlives_its_terminal(noise, tmp_path):
+    output = tmp_path / "products"
+    command = ["nohup", sys.executable, SCRIPT, noise, "-q", "-o", output, "--threads", "2"]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **streams, start_new_session=True)
-    wait_for(lambda: processes(image).get(process.pid))
+    wait_for(lambda: processes(noise).get(process.pid))
     os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(60) == 0
     assert len(list(output.iterdir())) == 5
