@@ -25,26 +25,30 @@ integers; masks are True where a pixel is excluded; `theta` is in radians from +
 """
 
 import argparse
+import atexit
 import bz2
 import gc
 import gzip
 import io
 import logging
+import lzma
 import math
 import mmap
 import multiprocessing
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count, groupby, islice
@@ -53,10 +57,20 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+PROG = "source_extractor.py"
+LEAST_MEMORY = 4 * 10**8  # bytes, for all but the image
+
+# The libraries can't be loaded with less, and say so each in its way, or crash.
+if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < LEAST_MEMORY:
+    sys.exit(f"{PROG}: error: less than {LEAST_MEMORY} bytes of memory allowed; see ulimit -v")
+# Else each core takes 40 MB of that for products of large matrices, of which there are none here.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import sep
 from astropy import units as u
 from astropy.io import fits
+from astropy.utils.exceptions import AstropyUserWarning
 from numpy.lib.stride_tricks import sliding_window_view
 
 # Everything else is imported where it is used: a run does without most of it.
@@ -65,7 +79,6 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0"
 
-PROG = "source_extractor.py"
 SIGNATURE = f"{PROG} {__version__} (sep {sep.__version__})"
 
 PORTION = 2**18  # pixels, or pairs of objects, to work on at a time
@@ -191,6 +204,9 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FITS_MAGIC = (b"SIMPLE", b"\x1f\x8b", b"BZh")
 COMPRESS_MAGIC = b"\x1f\x9d"
 
+# What astropy remarks on that changes no pixel.
+COSMETIC = re.compile("non-ASCII characters|trailing END keyword|only applicable to integer data")
+
 # A card that says how large a FITS HDU is.
 SIZE = re.compile(rb"(BITPIX|NAXIS\d*|PCOUNT|GCOUNT|TFIELDS|ZNAXIS\d*|ZTILE\d+) *= *([+-]?\d+)")
 
@@ -199,6 +215,11 @@ CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")
 
 # The least that an image takes: itself, its background, and its map of labels.
 BYTES_A_PIXEL = 12
+
+# The most cards of a FITS header, and of a value in it; bytes of a packed file to unpack at a time.
+MOST_CARDS = 360_000
+MOST_CONTINUED = 1000
+UNPACKED_PIECE = 2**24
 
 
 @dataclass(frozen=True)
@@ -227,20 +248,59 @@ class Stack(NamedTuple):
     cut: Callable[[int], np.ndarray]
 
 
+def first_bytes(path, size):
+    """Return up to so many bytes of a regular file: a pipe might never come, a device never end."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path}: a directory, pipe or device; give the name of a file")
+        with open(path, "rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
 @contextmanager
 def reading(path, kind):
-    """Turn whatever a damaged file makes a library raise into an `InputError`, warnings dropped."""
+    """Turn whatever a damaged file makes a library raise into an `InputError`, remarks a warning.
+
+    Only calls of libraries belong into it, or else faults of the tool would be called damage.
+    """
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with remarks_of_libraries() as remarks:
             yield
     except InputError:
         raise
     except MemoryError:
-        raise InputError(f"{path}: not enough memory to read this image") from None
+        raise InputError(f"{path.name}: not enough memory to read this image") from None
     except Exception as error:
         reason = one_line(error) or type(error).__name__
         text = f"damaged, cut short, or no {kind} that can be read ({reason}); get the file again"
-        raise InputError(f"{path}: {text}") from error
+        raise InputError(f"{path.name}: {text}") from error
+    remarks = [remark for remark in dict.fromkeys(remarks) if not COSMETIC.search(remark)]
+    if remarks:
+        more = f", and {len(remarks) - 1} more such remarks" if remarks[1:] else ""
+        log.warning("%s: read, but not as it should be: %s%s", path.name, remarks[0], more)
+
+
+@contextmanager
+def remarks_of_libraries():
+    """Collect what astropy and tifffile have to remark on what they read."""
+    remarks, logger = [], logging.getLogger("tifffile")
+
+    def keep(record):
+        remarks.append(one_line(record.getMessage()))
+
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(keep)
+    try:
+        with warnings.catch_warnings(record=True, action="ignore") as caught:
+            warnings.simplefilter("always", AstropyUserWarning)
+            yield remarks
+            remarks += [one_line(warning.message) for warning in caught]
+    finally:
+        logger.removeFilter(keep)
+        logger.setLevel(level)
 
 
 def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
@@ -264,24 +324,23 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     pixels : ndarray, shape (ny, nx)
         As stored.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(6)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+    head = first_bytes(path, 6)
     if head.startswith(TIFF_MAGIC):
-        kind, opened = "TIFF", open_tiff
+        opened = open_tiff
     elif head.startswith(FITS_MAGIC):
-        kind, opened = "FITS", open_fits
+        opened = open_fits
     elif head.startswith(COMPRESS_MAGIC):
-        raise InputError(f"{path}: packed by compress (.Z); unpack it first (gzip -d)")
+        raise InputError(f"{path.name}: packed by compress (.Z); unpack it first (gzip -d)")
     else:
-        raise InputError(f"{path}: neither a FITS nor a TIFF file; convert it to one of them")
-    with reading(path, kind), opened(path, hdu) as stack:
+        raise InputError(f"{path.name}: neither a FITS nor a TIFF file; convert it to one of them")
+    with opened(path, hdu) as stack:
         pixels = stack.cut(choose_plane(stack, plane, lone_serves_all))
         if pixels.dtype.kind not in "biuf":
             raise InputError(f"{stack.origin.name}: {pixels.dtype} pixels are not real numbers")
-        return stack.origin, pixels.reshape([stack.shape[axis] for axis in stack.image_axes])
+        shape = [stack.shape[axis] for axis in stack.image_axes]
+        if pixels.size != math.prod(shape):
+            raise InputError(f"{stack.origin.name}: not all pixels are there; get the file again")
+        return stack.origin, pixels.reshape(shape)
 
 
 def choose_plane(stack, plane, lone_serves_all):
@@ -298,12 +357,13 @@ def choose_plane(stack, plane, lone_serves_all):
             choice = "the image has only one; give one for it"
         planes = "1 plane" if count == 1 else f"{count} planes"
         raise InputError(f"{name}: {planes} in axes ({layout}); {choice}")
-    needed = BYTES_A_PIXEL * rows * columns
+    needed = LEAST_MEMORY + BYTES_A_PIXEL * rows * columns
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > present:
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if needed > (present if allowed < 0 else min(present, allowed)):
         raise InputError(
-            f"{name}: {columns} x {rows} pixels need {needed / 1e9:.0f} GB of memory, of "
-            f"{present / 1e9:.0f} GB here; cut the image into parts"
+            f"{name}: {columns} x {rows} pixels need {needed / 1e9:.1f} GB of memory, which are "
+            "not there, or not allowed (ulimit -v); cut the image into parts"
         )
     return plane
 
@@ -312,19 +372,21 @@ def choose_plane(stack, plane, lone_serves_all):
 def open_fits(path, hdu):
     """Open a FITS file as a `Stack`; image axes: those of the sky, or the last longer than 1."""
     with unpacked(path) as file:
-        require_structure(path, file)
+        for _ in headers(path, file):  # refuses what can't be true
+            pass
         try:
-            # uint=False: else astropy ignores BLANK in unsigned integers.
-            hdus = fits.open(file, memmap=False, uint=False)
-            chosen = find_hdu(path, hdus, hdu)
-            chosen.section[(0,) * len(chosen.shape)]  # what can't be scaled fails here
-        except Exception:
+            with reading(path, "FITS"):
+                # uint=False: else astropy ignores BLANK in unsigned integers.
+                hdus = fits.open(file, memmap=False, uint=False)
+                chosen = find_hdu(path, hdus, hdu)
+                number = hdus.index_of(chosen)
+                if value_of(chosen.header, "BZERO") == 2**63:  # else rounded to multiples of 1024
+                    chosen = fits.open(file, memmap=False, uint=True)[number]
+                header, shape = chosen.header, chosen.shape
+                chosen.section[(0,) * len(shape)]  # what can't be scaled fails here
+        except InputError:
             require_scaling(path, file)
             raise
-        number = hdus.index_of(chosen)
-        if chosen.header.get("BZERO") == 2**63:  # else astropy rounds them to multiples of 1024
-            chosen = fits.open(file, memmap=False, uint=True)[number]
-        header, shape = chosen.header, chosen.shape
         numbers = [len(shape) - axis for axis in range(len(shape))]
         axes = [str(value_of(header, f"CTYPE{n}") or f"NAXIS{n}") for n in numbers]
         long_axes = [axis for axis, length in enumerate(shape) if length > 1]
@@ -337,12 +399,14 @@ def open_fits(path, hdu):
             index = [int(place) for place in np.unravel_index(plane, lengths)]
             first, last = image_axes
             index[last] = slice(None)
-            if last == len(shape) - 1:
-                index[first] = slice(None)
-                data = chosen.section[tuple(index)]
-            else:  # row by row: astropy would read it a pixel at a time
-                before, after = index[:first], tuple(index[first + 1 :])
-                data = np.stack([chosen.section[(*before, y)][after] for y in range(shape[first])])
+            with reading(path, "FITS"):
+                if last == len(shape) - 1:
+                    index[first] = slice(None)
+                    data = chosen.section[tuple(index)]
+                else:  # row by row: astropy would read it a pixel at a time
+                    before, after = index[:first], tuple(index[first + 1 :])
+                    rows = range(shape[first])
+                    data = np.stack([chosen.section[(*before, y)][after] for y in rows])
             if data.dtype == np.uint64 and not math.isnan(blank := number_of(header, "BLANK")):
                 data = np.where(data == blank + 2**63, np.nan, data)
             return data
@@ -350,52 +414,110 @@ def open_fits(path, hdu):
         wcs = celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]])
         unit, saturation = value_of(header, "BUNIT"), number_of(header, "SATURATE")
         origin = Origin(
-            name=f"{path}[{number}]" + (f" {chosen.name}" if chosen.name else ""),
+            name=f"{path.name}[{number}]" + (f" {chosen.name}" if chosen.name else ""),
             dtype=fits.BITPIX2DTYPE[header["BITPIX"]],
             hdu=number,
             wcs=wcs,
             unit=str(unit) if unit else None,
             beam=beam_area(header, wcs) if re.search(r"(?i)\bbeam\b", str(unit)) else None,
-            product=product_told(str(header.get("HISTORY", ""))),
+            product=product_told(str(value_of(header, "HISTORY") or "")),
             saturation=saturation if 0 < saturation < LARGEST else math.nan,
         )
         yield Stack(origin, axes, shape, image_axes, cut)
 
 
-def require_structure(path, file):
-    """Refuse a FITS file with a header that can't be true: astropy would be at it for ever.
+@contextmanager
+def unpacked(path):
+    """Open a FITS file, or an unpacked copy of it that is whole and agrees with its checksum.
 
-    It seeks back by a size below 0 and reads the same again, and counts to any NAXIS or TFIELDS.
+    astropy never gets to the checksum, and may loop over a packed file that is damaged.
     """
-    file.seek(0)
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
+        packing = {b"\x1f\x8b": gzip, b"BZ": bz2}.get(file.read(2))
+        if packing:
+            file.seek(0)
+            packed = stack.enter_context(packing.open(file))
+            try:
+                copy = stack.enter_context(tempfile.TemporaryFile())
+                unpack(path, packed, copy)
+                copy.flush()
+                file = open(copy.fileno(), "rb", closefd=False)  # noqa: SIM115
+            except OSError as error:
+                text = f"can't be unpacked ({error.strerror}); set TMPDIR to a place with more room"
+                raise InputError(f"{path.name}: {text}") from error
+        yield file
+
+
+def unpack(path, packed, copy):
+    """Unpack a FITS file; refuse what goes on and on after the data that its headers tell of."""
+
+    def pieces():
+        with reading(path, "FITS"):
+            yield from iter(partial(packed.read, UNPACKED_PIECE), b"")
+
+    enough = 0
+    for piece in pieces():
+        copy.write(piece)
+        if copy.tell() > enough:
+            told = max((end for _, end in headers(path, copy)), default=0)
+            copy.seek(0, os.SEEK_END)
+            enough = told + 4 * UNPACKED_PIECE
+            if copy.tell() > enough:
+                text = f"goes on beyond the {told} bytes that its headers tell of"
+                raise InputError(f"{path.name}: {text}; get the file again")
+
+
+def headers(path, file):
+    """Yield the cards of each FITS header, and where the data end that they tell of.
+
+    One that can't be true is refused, as astropy would be at it for ever: it seeks back by a size
+    below 0 and reads the same again, counts to any NAXIS or TFIELDS, looks for an END to the end of
+    the file, and takes a time that is quadratic in the CONTINUE cards of a CTYPE.
+    """
+    end = 0
     for number in count():
+        file.seek(end)
         sizes, cards = {"NAXIS": 0, "BITPIX": 8, "PCOUNT": 0, "GCOUNT": 1}, []
-        while b"END".ljust(80) not in cards:
+        while b"END".ljust(80) not in cards[-36:]:
             block = file.read(2880)
-            if len(block) < 2880:
+            if len(block) < 2880 or not (cards or re.match(rb"[\x20-\x7e]{8}", block)):
                 return
-            cards = [block[place : place + 80] for place in range(0, 2880, 80)]
-            for key, text in (match.groups() for match in map(SIZE.match, cards) if match):
-                value, many = int(text), key in (b"NAXIS", b"ZNAXIS", b"TFIELDS")
-                sizes[key.decode()] = value
-                if value > (999 if many else 2**62) or (value < 0 and key != b"BITPIX"):
-                    text = f"{key.decode()} of HDU {number} can't be {value}; get the file again"
-                    raise InputError(f"{path}: {text}")
+            cards += [block[place : place + 80] for place in range(0, 2880, 80)]
+            if len(cards) > MOST_CARDS:
+                raise InputError(f"{path.name}: header {number} has no end; get the file again")
+        for key, text in (match.groups() for match in map(SIZE.match, cards) if match):
+            value, many = int(text), key in (b"NAXIS", b"ZNAXIS", b"TFIELDS")
+            sizes[key.decode()] = value
+            if (value > 999 and many) or (value < 0 and key != b"BITPIX"):
+                text = f"{key.decode()} of HDU {number} can't be {value}; get the file again"
+                raise InputError(f"{path.name}: {text}")
+        runs = groupby(cards, key=lambda card: card.startswith(b"CONTINUE"))
+        if max((len(list(run)) for goes_on, run in runs if goes_on), default=0) > MOST_CONTINUED:
+            text = f"a value in header {number} goes on over more than {MOST_CONTINUED} cards"
+            raise InputError(f"{path.name}: {text}; get the file again")
         axes = [sizes.get(f"NAXIS{axis + 1}", 0) for axis in range(sizes["NAXIS"])]
         values = math.prod(axes[1:] if axes[:1] == [0] else axes) if axes else 0
         size = abs(sizes["BITPIX"]) // 8 * sizes["GCOUNT"] * (sizes["PCOUNT"] + values)
-        file.seek(size + -size % 2880, os.SEEK_CUR)
+        if size > 2**62:
+            raise InputError(
+                f"{path.name}: HDU {number} can't have {size} bytes; get the file again"
+            )
+        end = file.tell() + size + -size % 2880
+        yield cards, end
 
 
 def require_scaling(path, file):
     """Refuse a FITS file in which what scales the pixels is no number: astropy won't read it."""
-    file.seek(0)
     scaling = ("BSCALE", "BZERO", "BLANK")
-    for line in iter(partial(file.read, 80), b""):
-        key = line[:8].decode("latin-1").rstrip()
-        if key in scaling and math.isnan(number_of(fits.Header.fromstring(line), key)):
-            text = one_line(line[9:].decode("latin-1"))
-            raise InputError(f"{path}: {key} can't be read ({text!r}); correct it in the header")
+    for cards, _ in headers(path, file):
+        for card in cards:
+            key = card[:8].decode("latin-1").rstrip()
+            if key in scaling and math.isnan(number_of(fits.Header.fromstring(card), key)):
+                text = one_line(card[9:].decode("latin-1"))
+                raise InputError(
+                    f"{path.name}: {key} can't be read ({text!r}); correct it in the header"
+                )
 
 
 def value_of(header, key):
@@ -410,30 +532,9 @@ def number_of(header, key):
     return value if type(value) in (int, float) else math.nan
 
 
-@contextmanager
-def unpacked(path):
-    """Open a file, or an unpacked copy of it that is whole and agrees with its checksum.
-
-    astropy never gets to the checksum, and may loop over a packed file that is damaged.
-    """
-    with open(path, "rb") as file:
-        packing = {b"\x1f\x8b": gzip, b"BZ": bz2}.get(file.read(2))
-        file.seek(0)
-        if packing is None:
-            yield file
-            return
-        with tempfile.TemporaryDirectory() as directory:
-            copy = Path(directory, "unpacked")
-            try:
-                with packing.open(file) as packed, copy.open("wb") as unpacked_file:
-                    shutil.copyfileobj(packed, unpacked_file)
-            except OSError as error:
-                if error.errno is None:  # the file is damaged
-                    raise
-                text = f"can't be unpacked in {directory} ({error.strerror}); set TMPDIR elsewhere"
-                raise InputError(f"{path}: {text}") from error
-            with copy.open("rb") as unpacked_file:
-                yield unpacked_file
+def index_told(text):
+    """Return the index that a text is, else None."""
+    return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
 def find_hdu(path, hdus, wanted):
@@ -446,14 +547,15 @@ def find_hdu(path, hdus, wanted):
             return hdu
     hdu, problem = None, "no extension (HDU) holds an image"
     if wanted is not None:
-        name, _, version = wanted.rpartition(",")
-        key = (name, int(version)) if name and version.isdecimal() else wanted
+        name, _, text = wanted.rpartition(",")
+        index, version = index_told(wanted), index_told(text)
+        key = wanted if version is None or not name else (name, version)
         with suppress(KeyError, IndexError):
-            hdu = hdus[int(wanted) if wanted.isdecimal() else key]
+            hdu = hdus[key if index is None else index]
         if hdu is not None and holds_image(hdu):
             return hdu
         problem = f"no {'such' if hdu is None else 'image in'} extension (HDU): {wanted}"
-    raise InputError(f"{path}: {problem}; the file has {describe_hdus(hdus)}")
+    raise InputError(f"{path.name}: {problem}; the file has {describe_hdus(hdus)}")
 
 
 def holds_image(hdu):
@@ -475,27 +577,38 @@ def celestial_wcs(path, hdus, header, axes):
     from astropy.wcs import WCS, Sip
 
     try:
-        wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
-        if not wcs.has_celestial:
-            return None
-        needed = re.compile(rf"(CRVAL|CRPIX|CDELT|CD|PC|PV)[{axes[0]}{axes[1]}](_\d+)?$")
-        for key in filter(needed.match, header):
-            if math.isnan(number_of(header, key)):  # wcslib takes it for absent
-                raise ValueError(f"{key} can't be read")
-        wcs.to_fits(relax=True)[0].verify("exception")  # or else it could not be written
-        # astropy mends a matrix of zeros, as uncalibrated frames have it, to a degree a pixel.
-        blank = [header.get(f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
-        if blank or not np.linalg.cond(wcs.pixel_scale_matrix) < 1e8:
-            raise ValueError("its matrix is singular")
-        if wcs.sip:  # which astropy centres on axes 1 and 2
-            wcs.sip = Sip(wcs.sip.a, wcs.sip.b, wcs.sip.ap, wcs.sip.bp, wcs.wcs.crpix)
-            if not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
-                text = "SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
-                log.warning("%s: %s", path, text)
-        return wcs
-    except Exception as error:
-        log.warning("%s: WCS can't be used and is left out (%s)", path, one_line(error))
+        with warnings.catch_warnings(action="ignore"):
+            wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
+            if not wcs.has_celestial:
+                return None
+            wcs.to_fits(relax=True)[0].verify("exception")  # or else it could not be written
+            matrix = wcs.pixel_scale_matrix
+    except Exception as error:  # wcslib and astropy raise many kinds
+        problem = one_line(error)
+    else:
+        problem = problem_of_wcs(header, axes, matrix)
+    if problem:
+        log.warning("%s: WCS can't be used and is left out (%s)", path.name, problem)
         return None
+    if wcs.sip:  # which astropy centres on axes 1 and 2
+        wcs.sip = Sip(wcs.sip.a, wcs.sip.b, wcs.sip.ap, wcs.sip.bp, wcs.wcs.crpix)
+        if not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
+            text = "SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
+            log.warning("%s: %s", path.name, text)
+    return wcs
+
+
+def problem_of_wcs(header, axes, matrix):
+    """Return what keeps a celestial WCS of the header, with its scale matrix, from use, or None."""
+    needed = re.compile(rf"(CRVAL|CRPIX|CDELT|CD|PC|PV)[{axes[0]}{axes[1]}](_\d+)?$")
+    for key in filter(needed.match, header):
+        if math.isnan(number_of(header, key)):  # wcslib takes it for absent
+            return f"{key} can't be read"
+    # astropy mends a matrix of zeros, as uncalibrated frames have it, to a degree a pixel.
+    blank = [value_of(header, f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
+    if blank or not np.linalg.cond(matrix) < 1e8:
+        return "its matrix is singular"
+    return None
 
 
 def without_double_distortion(path, header, axes):
@@ -507,7 +620,7 @@ def without_double_distortion(path, header, axes):
     if not sip or not (scamp or kinds == {"TPV"}):
         return header
     kept, ignored, keys = ("SIP", "PV", pv) if kinds == {"TAN-SIP"} else ("PV", "SIP", sip)
-    log.warning("%s: SIP and PV in its WCS: %s is taken, %s ignored", path, kept, ignored)
+    log.warning("%s: SIP and PV in its WCS: %s is taken, %s ignored", path.name, kept, ignored)
     return fits.Header(card for card in header.cards if card.keyword not in keys)
 
 
@@ -519,38 +632,54 @@ def beam_area(header, wcs):
     return math.pi / (4 * math.log(2)) * major * minor / wcs.proj_plane_pixel_area().value
 
 
+class Alone(io.FileIO):
+    """A file that seems to be none: or else tifffile opens others, whose names a TIFF may hold."""
+
+    def fileno(self):
+        raise io.UnsupportedOperation
+
+
 @contextmanager
 def open_tiff(path, hdu):
     """Open an image (series) of a TIFF file as a `Stack`."""
     import tifffile
 
-    with tifffile.TiffFile(path) as tiff:
-        images = [image for image in tiff.series if not image.keyframe.is_reduced] or tiff.series
-        last, number = len(images) - 1, hdu or "0"
-        if not (number.isdecimal() and int(number) <= last):
-            text = f"no such extension (HDU): {number}; this TIFF file has images 0 to {last}"
-            raise InputError(f"{path}: {text}")
+    with ExitStack() as stack:
+        with reading(path, "TIFF"):
+            file = stack.enter_context(io.BufferedReader(Alone(path)))
+            tiff = stack.enter_context(tifffile.TiffFile(file))
+            everything = tiff.series
+            images = [image for image in everything if not image.keyframe.is_reduced]
+        images = images or everything
+        last, number = len(images) - 1, 0 if hdu is None else index_told(hdu)
+        if number is None or number > last:
+            text = f"no such extension (HDU): {hdu or 0}; this TIFF file has images 0 to {last}"
+            raise InputError(f"{path.name}: {text}")
         if hdu is None and last > 0:
             text = "%s: read the first of its %d images; choose another, 0 to %d, with --hdu"
-            log.warning(f"{text} (Extension)", path, last + 1, last)
-        series = images[int(number)]
-        axes, shape, page = series.axes, series.shape, series.keyframe
-        image_axes = [axes.index("Y"), axes.index("X")]
-        one_page_a_plane = axes.endswith("YX") and len(series.pages) == math.prod(shape[:-2])
+            log.warning(f"{text} (Extension)", path.name, last + 1, last)
+        series = images[number]
+        with reading(path, "TIFF"):
+            axes, shape, page = series.axes, series.shape, series.keyframe
+            image_axes = [axes.index("Y"), axes.index("X")]
+            pages = list(series.pages)
+            one_page_a_plane = axes.endswith("YX") and len(pages) == math.prod(shape[:-2])
 
         def cut(plane):
-            pages = [series.pages[plane]] if one_page_a_plane else list(series.pages)
-            if None in pages:
-                names = dict.fromkeys(re.findall(r'FileName="([^"]+)"', tiff.ome_metadata or ""))
-                absent = ", ".join(name for name in names if not (path.parent / name).exists())
-                text = f"plane {plane} is in a file of its OME set that isn't here ({absent})"
-                raise InputError(f"{path}: {text}; choose that file, or another plane")
-            if one_page_a_plane and not series.is_truncated:
-                return pages[0].asarray()
-            mapped = series.dataoffset is not None
-            at = tiff.series.index(series)
-            stack = tifffile.memmap(path, mode="r", series=at) if mapped else series.asarray()
-            planes = np.moveaxis(stack, image_axes, (-2, -1))
+            needed = [pages[plane]] if one_page_a_plane else pages
+            if None in needed:
+                text = f"plane {plane} is in another file of its set; give that one as the image"
+                raise InputError(f"{path.name}: {text}")
+            with reading(path, "TIFF"):
+                if one_page_a_plane and not series.is_truncated:
+                    return needed[0].asarray()
+                place = series.dataoffset
+                if place is None:
+                    pixels = series.asarray()
+                else:
+                    dtype = tiff.byteorder + series.dtype.char
+                    pixels = np.memmap(path, dtype, "r", place, shape)
+                planes = np.moveaxis(pixels, image_axes, (-2, -1))
             return planes[np.unravel_index(plane, planes.shape[:-2])]
 
         # ImageJ's are tables of colours to look at intensities with.
@@ -558,9 +687,9 @@ def open_tiff(path, hdu):
         white = colours == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
         palette = colours == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None
         origin = Origin(
-            name=f"{path}[{int(number)}]" if last else str(path),
+            name=f"{path.name}[{number}]" if last else path.name,
             dtype=series.dtype.name,
-            hdu=int(number) if last else None,
+            hdu=number if last else None,
             black=(1 << page.bitspersample) - 1 if white else None,
             palette=palette and bool((np.diff(page.colormap.astype(int)) < 0).any()),
             product=product_told(page.description),
@@ -652,7 +781,7 @@ def read_noise(path, hdu, plane, kind, shape):
             np.divide(1, noise, out=noise)
     if not usable(noise).any():
         text = f"no pixel holds a usable {kind}; does it hold something else (--err-type)?"
-        raise InputError(f"{path}: {text}")
+        raise InputError(f"{path.name}: {text}")
     return noise
 
 
@@ -677,9 +806,12 @@ def read_measure_image(path, hdu, plane, blank, origin, shape):
 
 def wcs_offset(one, other, shape):
     """Return how far apart (pixels) two WCS put an image (ny, nx), inf if it can't be told."""
+    from astropy.utils import iers
+
     y, x = np.meshgrid(*(np.linspace(0, n - 1, 3) for n in shape))
+    offline = iers.conf.set_temp("auto_download", False)  # of tables for positions on the Earth
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), offline:
             there = other.world_to_pixel(one.pixel_to_world(x, y))
     except Exception:  # wcslib and the frames raise many kinds
         return math.inf
@@ -690,6 +822,9 @@ def wcs_offset(one, other, shape):
 # ---------------------------------------------------------------------------------------------
 # Kernel
 # ---------------------------------------------------------------------------------------------
+
+
+KERNEL_BYTES = 2**20  # of the text of a kernel, at the most
 
 
 def make_kernel(case, fwhm, path):
@@ -724,23 +859,25 @@ def sample_kernel(profile, radius, subpixels=11):
 
 def read_kernel(path):
     """Read a kernel: text for `numpy.loadtxt`, or SExtractor's .conv with its CONV line."""
+    content = first_bytes(path, KERNEL_BYTES + 1)
+    if len(content) > KERNEL_BYTES:
+        raise InputError(f"{path.name}: {KERNEL_BYTES} bytes and more are no kernel")
     try:
-        lines = path.read_text().splitlines()
+        lines = content.decode("latin-1").splitlines()
         if lines and lines[0].split()[:1] == ["CONV"]:
             lines = lines[1:]
         with warnings.catch_warnings(action="ignore"):
             kernel = np.loadtxt(lines, dtype=np.float32, ndmin=2)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"{path}: not rows of numbers of equal length, as a kernel is") from error
+        text = "not rows of numbers of equal length, as a kernel is"
+        raise InputError(f"{path.name}: {text}") from error
     if not kernel.any() or not np.isfinite(kernel).all():
-        raise InputError(f"{path}: a kernel needs finite values that are not all zero")
+        raise InputError(f"{path.name}: a kernel needs finite values that are not all zero")
     rows, columns = kernel.shape
     if rows % 2 == 0 or columns % 2 == 0:
         raise InputError(
-            f"{path}: a kernel of {rows} rows and {columns} columns has no central pixel and would "
-            "shift the sources; make both odd"
+            f"{path.name}: a kernel of {rows} rows and {columns} columns has no central pixel and "
+            "would shift the sources; make both odd"
         )
     return np.ascontiguousarray(kernel)
 
@@ -1595,6 +1732,8 @@ def replaced(array, where, value):
 def grow_limits(error, pixels):
     """Raise the limit of which SEP complains, up to what an image of so many pixels can need."""
     stack, objects = sep.get_extract_pixstack(), sep.get_sub_object_limit()
+    if isinstance(error, MemoryError):
+        raise error
     if "pixel buffer full" in str(error) and stack < pixels + 2:
         sep.set_extract_pixstack(min(4 * stack, pixels + 2))
         log.debug("pixel stack full, grown to %d pixels", sep.get_extract_pixstack())
@@ -2203,7 +2342,7 @@ class Result:
 PIECE = 2**16  # pixels of an image that are written at a time
 
 
-def write_image(product, path, result):
+def write_image(product, part, result):
     """Write an image product, floats as float32 unless the image is float64.
 
     FITS has the unit as BUNIT. TIFF keeps neither WCS nor unit, and labels as the smallest unsigned
@@ -2219,12 +2358,13 @@ def write_image(product, path, result):
     if values.dtype == np.float64 and result.origin.dtype != "float64":
         values = values.astype(np.float32)
     history = result.history(product)
-    if (result.image_format or path.suffix.lower()) in ("tiff", ".tiff", ".tif"):
+    if (result.image_format or part.path.suffix.lower()) in ("tiff", ".tiff", ".tif"):
         import tifffile
 
         if values.dtype.kind == "i":
             values = values.astype(np.min_scalar_type(values.max()))
-        tifffile.imwrite(path, values, description="\n".join(history), metadata=None)
+        with part.writing() as path:
+            tifffile.imwrite(path, values, description="\n".join(history), metadata=None)
         return at
     wcs = result.origin.wcs
     with warnings.catch_warnings(action="ignore"):  # of cards that the WCS standard renames
@@ -2236,17 +2376,33 @@ def write_image(product, path, result):
         for line in history:
             primary.header.add_history(line)
         hdus.verify("exception")
-    if path.suffix in (".gz", ".bz2", ".xz"):  # which astropy packs
-        hdus.writeto(path, overwrite=True)
+    if part.path.suffix in PACKERS:
+        write_hdus(hdus, part)
         return at
-    # Large writes are slow where memory for them has to be made, as in a virtual machine.
-    with fits.StreamingHDU(str(path.absolute()), primary.header) as stream:
-        for rows in portions(values.shape, PIECE):
-            stream.write(values[rows])
-    if len(hdus) > 1:  # tables of distortions
-        with fits.open(path, "append") as file:
-            file.extend(hdus[1:])
+    with part.writing() as path:
+        # Large writes are slow where memory for them has to be made, as in a virtual machine.
+        with fits.StreamingHDU(str(path.absolute()), primary.header) as stream:
+            for rows in portions(values.shape, PIECE):
+                stream.write(values[rows])
+        if len(hdus) > 1:  # tables of distortions
+            with fits.open(path, "append") as file:
+                file.extend(hdus[1:])
     return at
+
+
+# How to pack a file without its name and time, which a gzip file else holds.
+PACKERS = {
+    ".gz": partial(gzip.GzipFile, "", "wb", 9, mtime=0),
+    ".bz2": partial(bz2.BZ2File, mode="wb"),
+    ".xz": partial(lzma.LZMAFile, mode="wb"),
+}
+
+
+def write_hdus(hdus, part):
+    """Write a FITS file, packed if its extension says so."""
+    packer = PACKERS.get(part.path.suffix, nullcontext)
+    with part.writing() as path, open(path, "wb") as file, packer(file) as stream:
+        hdus.writeto(stream)
 
 
 def at_objects(values, objects):
@@ -2258,12 +2414,12 @@ def at_objects(values, objects):
     return values[rows, columns].astype(float)
 
 
-def write_catalog(path, result):
+def write_catalog(part, result):
     """Write the catalogue as tab-separated text."""
-    path.write_text(result.text)
+    part.write(result.text.encode())
 
 
-def write_catalog_fits(path, result):
+def write_catalog_fits(part, result):
     """Write the catalogue as a FITS binary table with units, descriptions and UCDs."""
     from astropy.table import Table
 
@@ -2281,10 +2437,10 @@ def write_catalog_fits(path, result):
                 header[f"TUNIT{number}"] = column.unit
             header[f"TCOMM{number}"] = column.description
             header[f"TUCD{number}"] = column.ucd
-        hdus.writeto(path, overwrite=True)
+        write_hdus(hdus, part)
 
 
-def write_regions(path, result):
+def write_regions(part, result):
     """Write a DS9 region file: ellipses of semi-axes 3a and 3b, labelled with the id.
 
     In sky coordinates (ICRS) where the catalogue has them, else in DS9's 1-based pixels.
@@ -2303,7 +2459,7 @@ def write_regions(path, result):
         for label, shape in zip(catalog["id"], shapes.T, strict=True)
         if np.isfinite(shape).all()
     ]
-    path.write_text("\n".join(lines) + "\n")
+    part.write("\n".join([*lines, ""]).encode())
 
 
 def sky_ellipses(wcs, x, y, a, b, theta):
@@ -2331,6 +2487,26 @@ PICTURE_SIDE = 1000
 
 # How to save a figure: a higher level takes longer to make files that are little smaller.
 PNG = {"format": "png", "pil_kwargs": {"compress_level": 1}}
+
+
+@contextmanager
+def figure_of(part, **keywords):
+    """Yield a figure, free of what the user's matplotlibrc may say; at the end, write its PNG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = Figure(**keywords)
+        yield figure
+        try:
+            figure.savefig(buffer, **PNG)
+        except ValueError as error:
+            if "could not be made C-contiguous" in str(error):  # for want of memory
+                raise MemoryError from error
+            raise
+    part.write(buffer.getbuffer())
 
 
 def shrink(image, row_of_blocks):
@@ -2421,38 +2597,34 @@ def stretch(values):
     return AsinhNorm(noise / 2, middle - 3 * noise, max(top, middle + 3 * noise))
 
 
-def draw_overlay(path, result):
+def draw_overlay(part, result):
     """Draw the picture of the sources (PNG)."""
-    from matplotlib.figure import Figure
-
     width, height = panel_size(result.field.mask.shape)
     whole = max(width + 1, 3.3), height + 1.1  # wide enough for the title
-    figure = Figure(figsize=whole, dpi=120)
     place = np.divide([0.8, 0.6, width, height], [*whole, *whole])
-    show_sources(figure.add_axes(place, anchor="W"), result)
-    figure.savefig(path, **PNG)
+    with figure_of(part, figsize=whole, dpi=120) as figure:
+        show_sources(figure.add_axes(place, anchor="W"), result)
 
 
-def draw_overview(path, result):
+def draw_overview(part, result):
     """Draw four panels with colour bars: sources, background, RMS, segmentation (PNG)."""
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
 
     field, labels = result.field, result.segmentation
     width, height = panel_size(labels.shape)
-    figure = Figure(figsize=(2 * width + 3, 2 * height + 1.5), dpi=85, layout="compressed")
-    panels = figure.subplots(2, 2).ravel()
+    whole = 2 * width + 3, 2 * height + 1.5
     colours = np.random.default_rng(0).uniform(0.3, 1, (len(result.objects) + 1, 3))
     colours[0] = 0
-    figure.colorbar(show_sources(panels[0], result), ax=panels[0])
-    for axes, title, picture, colour_map in (
-        (panels[1], "background", drawable(shrink(field.level_map(), block_means)), None),
-        (panels[2], "background RMS", drawable(shrink(field.rms_map(), block_means)), None),
-        (panels[3], "segmentation", shrink(labels, block_maxima), ListedColormap(colours)),
-    ):
-        figure.colorbar(show_image(axes, picture, labels.shape, cmap=colour_map), ax=axes)
-        axes.set_title(title, loc="left")
-    figure.savefig(path, **PNG)
+    with figure_of(part, figsize=whole, dpi=85, layout="compressed") as figure:
+        panels = figure.subplots(2, 2).ravel()
+        figure.colorbar(show_sources(panels[0], result), ax=panels[0])
+        for axes, title, picture, colour_map in (
+            (panels[1], "background", drawable(shrink(field.level_map(), block_means)), None),
+            (panels[2], "background RMS", drawable(shrink(field.rms_map(), block_means)), None),
+            (panels[3], "segmentation", shrink(labels, block_maxima), ListedColormap(colours)),
+        ):
+            figure.colorbar(show_image(axes, picture, labels.shape, cmap=colour_map), ax=axes)
+            axes.set_title(title, loc="left")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2460,12 +2632,36 @@ def draw_overview(path, result):
 # ---------------------------------------------------------------------------------------------
 
 
+class Part(NamedTuple):
+    """A product on its way: where it is made, where it shall be, and what was there is kept."""
+
+    path: Path
+    target: Path
+    kept: Path
+
+    @contextmanager
+    def writing(self):
+        """Give the path; tell what keeps it from being written to, as an `InputError`."""
+        try:
+            yield self.path
+        except OSError as error:
+            reason = error.strerror or one_line(error)
+            raise InputError(
+                f"{self.target}: can't be written ({reason}); make room or choose another place"
+            ) from error
+
+    def write(self, content):
+        """Write all of the product, bytes."""
+        with self.writing() as path:
+            path.write_bytes(content)
+
+
 class Product(NamedTuple):
     """A product: its name in the output directory (None: on request), what it is, its writer."""
 
     default: str | None
     text: str
-    write: Callable[[Path, Result], np.ndarray | None]
+    write: Callable[[Part, Result], np.ndarray | None]
 
     def file_name(self, suffix):
         """Return the default name, if any, an image's with the extension of its format."""
@@ -2494,63 +2690,68 @@ PRODUCTS = {
 }
 
 
-def product_jobs(paths, targets, result, *names):
-    """Return the jobs that write these products to the paths that `staged` gave for the targets."""
-    return [
-        partial(write_product, name, paths[name], targets[name], result)
-        for name in names
-        if name in paths
-    ]
+def product_jobs(parts, result, *names):
+    """Return the jobs that write those of these products that have a part."""
+    return [partial(write_product, name, parts[name], result) for name in names if name in parts]
 
 
-def write_product(name, path, target, result):
+def write_product(name, part, result):
     """Write a product, and return what its writer does."""
-    with writing(target), timed(f"write {name}"):
-        return PRODUCTS[name].write(path, result)
+    with timed(f"write {name}"):
+        return PRODUCTS[name].write(part, result)
 
 
 @contextmanager
 def staged(targets):
-    """Give each target a temporary path beside it; put all in place at the end, or none.
+    """Yield a `Part` for each target, by the name of its product; at the end, put all in place.
 
-    It takes and yields paths by the name of their product; the temporary ones have the extensions
-    of their targets. A target that can't be written raises an `InputError` before anything is done.
+    They are made in a hidden directory beside the target. If anything fails it goes, and nothing
+    else has changed. A target that can't be written is an `InputError` before anything is done.
     """
     token, parts = secrets.token_hex(4), {}
+    for name, target in targets.items():
+        directory = target.parent / f".source_extractor-{token}"
+        new, old = directory / "new" / target.name, directory / "old" / target.name
+        parts[name] = Part(new, target, old)
     try:
-        for target in targets.values():
-            with writing(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-        for name, target in targets.items():
-            with writing(target):
-                with suppress(FileNotFoundError):
-                    target.stat()  # fails now rather than at the end if its name can't be one
-                if target.is_dir():
-                    raise InputError(f"{target}: a directory; choose another place for the {name}")
-                part = target.with_name(f".{name}-{token}{target.suffix}")
-                parts[name] = part
-                part.touch(exist_ok=False)
-        yield dict(parts)
-        with stopping_by(signal.SIG_IGN):
-            for name, part in list(parts.items()):
-                with writing(targets[name]):
-                    part.replace(targets[name])
-                del parts[name]
-    finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with part.writing():
+                part.target.parent.mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            with part.writing() as path:
+                if part.target.is_dir():
+                    text = f"a directory; choose another place for the {name}"
+                    raise InputError(f"{part.target}: {text}")
+                for place in (path, part.kept):
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(exist_ok=False)
+        yield parts
+        with stopping_by(signal.SIG_IGN):
+            put_in_place(parts.values())
+    finally:
+        with stopping_by(signal.SIG_IGN):
+            for part in parts.values():
+                shutil.rmtree(part.path.parents[1], ignore_errors=True)
 
 
-@contextmanager
-def writing(target):
-    """Tell what keeps a target from being written, as an `InputError`."""
+def put_in_place(parts):
+    """Put all parts in place; if one can't be, put back what was there, which links keep."""
+    placed = []
     try:
-        yield
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise InputError(
-            f"{target}: can't be written ({reason}); make room or choose another place"
-        ) from error
+        for part in parts:
+            was_there = os.path.lexists(part.target)
+            with part.writing() as path:
+                with suppress(OSError):  # not every file system has links
+                    os.link(part.target, part.kept, follow_symlinks=False)
+                path.replace(part.target)
+            placed.append((part, was_there))
+    except InputError:
+        for part, was_there in placed:
+            if os.path.lexists(part.kept):
+                part.kept.replace(part.target)
+            elif not was_there:
+                part.target.unlink()
+        raise
 
 
 @contextmanager
@@ -2600,11 +2801,17 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=Fa
     return convert
 
 
+LONGEST_MESSAGE = 1000  # characters of what is wrong with the arguments
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message):
-        self.exit(2, f"{PROG}: error: {one_line(message)} (see --help)\n")
+        message = one_line(message)
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]} ..."
+        self.exit(2, f"{PROG}: error: {message} (see --help)\n")
 
 
 EXAMPLES = """examples:
@@ -2806,7 +3013,7 @@ def run(args):
         chosen = args.measure_image, args.measure_hdu, args.measure_plane, args.blank
         measure_origin, measure_pixels = read_measure_image(*chosen, origin, pixels.shape)
     targets = product_paths(args)
-    with staged(targets) as paths:  # first, so that a place that can't be written fails at once
+    with staged(targets) as parts:  # first, so that a place that can't be written fails at once
         with about(origin.name):
             mask = build_mask(pixels, mask, noise, args.mask_box)
             values = report_image(origin, pixels, mask)
@@ -2824,7 +3031,7 @@ def run(args):
         history, form = describe_settings(args, origin), args.image_format
         result = Result(origin, field, *found, columns, history, form)
 
-        jobs = partial(product_jobs, paths, targets)
+        jobs = partial(product_jobs, parts)
         # The picture doesn't need what is measured.
         measurements = measure(
             field, measure_field, found, photometry, threads, jobs(result, "overlay")
@@ -2841,7 +3048,7 @@ def run(args):
         result = replace(result, catalog=catalog, text=tabulate(catalog, threads))
         list(share(jobs(result, "catalog", "catalog_fits", "regions"), threads))
     for product, path in targets.items():
-        log.info("%-13s %s", product, path)
+        log.info("%-13s %s", product, path.name)
 
 
 def settings_from(args, kind):
@@ -3077,9 +3284,15 @@ def main(argv=None):
     """Run the tool on command line arguments; return its exit code: 0, or 1 if it failed."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if problem := check_usage(args):
+    try:
+        problem = check_usage(args)
+    except OSError as error:  # of os.getcwd
+        problem = f"the current directory can't be used ({error.strerror})"
+    if problem:
         parser.error(problem)
     start_logging(args)
+    # OpenBLAS ends the process if it gets no memory for this; later it would leave parts behind.
+    np.ones((64, 64)) @ np.ones((64, 64))
     try:
         with stopping_by(stop):
             run(args)
@@ -3104,6 +3317,7 @@ def command():
     """
     gc.freeze()
     code = main()
+    atexit._run_exitfuncs()  # matplotlib's removes a directory that it has where HOME is read-only
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # a reader of it may be gone
             stream.flush()

@@ -11,7 +11,7 @@ import pandas as pd
 from astropy.io import fits
 
 import source_extractor
-from contract import ON_REQUEST, ONE_ERROR
+from contract import ON_REQUEST, ONE_ERROR, one_line
 from same_as_sep import DEFAULT_KERNEL
 from truth import nearest
 
@@ -40,11 +40,13 @@ class Run:
         return fits.getdata(self.directory / f"{product}.fits")
 
     def assert_refused(self, *words):
-        """Demand exit code 1, one line on stderr that holds these words, and no product."""
+        """Demand exit code 1, one error with these words (of a path its name), and no product."""
         assert self.code == 1
-        assert re.fullmatch(ONE_ERROR, self.err)
+        *warnings, error = self.err.splitlines(keepends=True)
+        assert re.fullmatch(ONE_ERROR, error)
+        assert all(re.fullmatch(one_line("warning"), line) for line in warnings)
         for word in words:
-            assert str(word) in self.err
+            assert str(getattr(word, "name", word)) in error
         assert not any(self.directory.rglob("*"))
 
 

@@ -527,7 +527,7 @@ TABLE = fits.BinTableHDU.from_columns([fits.Column("x", "E", array=np.arange(3.0
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(run, put, content):
     path = put(content)
     result = run(path)
-    result.assert_refused(f"error: {path}")
+    result.assert_refused(f"error: {path.name}")
     assert result.out == ""
 
 
@@ -535,7 +535,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(run, put, content):
 def test_what_is_no_image_at_all_is_told_what_would_be_one(run, put, content):
     path = put(content)
     result = run(path)
-    result.assert_refused(f"error: {path}", "FITS")
+    result.assert_refused(f"error: {path.name}", "FITS")
     assert result.out == ""
 
 
@@ -550,7 +550,7 @@ def test_a_second_image_that_cannot_be_used_is_refused_by_name(run, put, write, 
 def test_a_directory_and_a_missing_file_are_refused(run, tmp_path):
     for path, word in ((tmp_path, "directory"), (tmp_path / NAME, "No such file")):
         result = run(path)
-        result.assert_refused(f"error: {path}", word)
+        result.assert_refused(f"error: {path}: ", word)
         assert result.out == ""
 
 
@@ -683,7 +683,7 @@ def test_each_image_of_a_tiff_is_reached_by_its_number(run, two, stars):
         assert_pixels(two, expected, hdu=number)
     result = run(two, "--hdu", 1)
     assert (result.code, result.err) == (0, "")
-    assert f"{two}[1]: 150 x 110" in result.out
+    assert f"{two.name}[1]: 150 x 110" in result.out
     assert "hdu = 1" in str(fits.getheader(result.directory / "background.fits")["HISTORY"])
 
 
@@ -733,20 +733,17 @@ SizeX="24" SizeY="20" SizeC="2" SizeZ="1" SizeT="1"><Channel ID="Channel:0:0"/>
 </Pixels></Image></OME>"""
 
 
-def test_a_plane_in_another_file_of_an_ome_set_is_read_or_named(run, tmp_path):
+def test_a_plane_in_another_file_of_an_ome_set_is_refused_and_that_file_not_read(run, tmp_path):
     planes = np.stack([RAMP, 2 * RAMP]).astype(np.uint16)
     for number, plane in enumerate(planes):
         path = tmp_path / f"c{number}.tif"
         tifffile.imwrite(path, plane, description=OME.format(number), metadata=None)
-    for plane in (0, 1):
-        assert_pixels(tmp_path / "c0.tif", planes[plane], plane=plane)
-    (tmp_path / "c1.tif").unlink()
     assert_pixels(tmp_path / "c0.tif", planes[0], plane=0)
-    for name in ("c1.tif", "raw/c1.tif"):
+    for name in ("c1.tif", "nowhere.tif", str(tmp_path / "c1.tif")):
         text = OME.format(0).replace("c1.tif", name)
         tifffile.imwrite(tmp_path / "c0.tif", planes[0], description=text, metadata=None)
         result = run(tmp_path / "c0.tif", "--plane", 1)
-        result.assert_refused("plane 1 is in a file of its OME set", f"({name})")
+        result.assert_refused("plane 1 is in another file of its set")
         assert "damaged" not in result.err
 
 

@@ -299,9 +299,10 @@ def test_a_process_that_cannot_start_costs_one_line(run, write, monkeypatch, sha
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), None])
 def test_a_picture_that_is_not_drawn_costs_one_line(run, tall, monkeypatch, error):
-    def fail(*_):
-        if error:
-            raise error
+    def fail(part, _):
+        with part.writing():
+            if error:
+                raise error
         os.kill(os.getpid(), signal.SIGKILL)
 
     overlay = source_extractor.PRODUCTS["overlay"]._replace(write=fail)

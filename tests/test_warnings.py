@@ -35,7 +35,7 @@ def products(tmp_path_factory):
 
 def assert_told_once(result, path, role):
     """Demand success, and one warning that a file is a product of an earlier run."""
-    told = rf"{re.escape(str(path))}.*: its HISTORY .* the {role} of an earlier run;.*original.*"
+    told = rf"{re.escape(path.name)}.*: its HISTORY .* the {role} of an earlier run;.*original.*"
     assert result.code == 0
     assert re.search(one_line("warning", told), result.err)
     assert result.err.count("HISTORY") == 1

@@ -1,21 +1,29 @@
-"""Feed the tool with odd, damaged and hostile files for as long as it is told.
+"""Try to break the tool, for as long as it is told.
 
-    python tests/tools/fuzz.py [--seconds 60] [--seed 0] [--first 0] [--cases N] [--keep DIRECTORY]
+    python tests/tools/fuzz.py [files] [options] [faults] [--seconds 60] [--seed 0] [--first 0]
+                               [--cases N] [--keep DIRECTORY]
 
-Each case is made from the seed and its number alone: a file of the corpus, mostly spoilt, as image,
-mask, noise, measure image or kernel, with options. It is run in a process of its own. A case fails
-if the process crashes, takes more than 60 s or a gigabyte more than it has before it begins, ends
-with another exit code than 0, 1 and 2, says anything on stderr but warnings and one error in one
-line each, leaves anything behind when it fails, or doesn't leave the five products when it
-succeeds; also if a whole file of the corpus is refused. What has failed is kept, with the arguments
-and what was said. At the end stands a table of the cases by kind and outcome.
+Each case is made from the seed and its number alone, and run in a process of its own:
+
+- files: a file of the corpus, mostly spoilt, as image, mask, noise, measure image or kernel;
+- options: any of them, with values within, at and beyond their bounds, and right and wrong files;
+- faults: a run that would replace older products is ended by a signal at any moment, or can't write
+  more than so much into a file or onto a disk, or has little memory.
+
+A case fails if the process crashes, takes more than 60 s, or a gigabyte more than it has before it
+begins; ends with another exit code than 0, 1 and 2; says anything on stderr but warnings and one
+error, a line each; calls an error a fault of its own; changes or leaves anything without success;
+or lacks a product that can be read, or leaves anything else beside them; of files also if it
+refuses a whole one. With a fault either all products are as they were, or as a run without it makes
+them, to the byte; SIGKILL may leave one hidden directory, beside which the next run must succeed.
+
+What failed is kept, with the arguments and what was said. At the end stands a table of the cases by
+kind and outcome.
 """
 
 import argparse
-import bz2
 import collections
-import gzip
-import io
+import contextlib
 import os
 import random
 import re
@@ -23,246 +31,56 @@ import resource
 import shlex
 import shutil
 import signal
-import struct
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-import zlib
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import astropy.table
+import astropy.wcs
+import matplotlib.figure
 import numpy as np
+import PIL.Image
+import tifffile
 from astropy.io import fits
-from astropy.table import Table
 
 import source_extractor
-from files import patched_tiff, pillow_bytes, tiff_bytes
-from sky import blobs
+from corpus import KERNELS, corpus, fits_of, flip_bytes, spoilt, stars
+
+# What the tool imports late, each process need not import.
+LATE = astropy.table, astropy.wcs, matplotlib.figure
 
 SECONDS = 60
 BYTES = 10**9
 LINE = re.compile(r"source_extractor\.py: (warning|error): .+")
-PRODUCTS = ["background.fits", "catalog.tsv", "rms.fits", "segmentation.fits", "sources.png"]
+STAGE = re.compile(r"^(\S.*?) +\d+\.\d\d s$", re.MULTILINE)
+
+
+class Case(NamedTuple):
+    """A case: its kind, the tool's arguments, if it must succeed, and its fault."""
+
+    kind: str
+    arguments: list[str]
+    sound: bool = False
+    stop: signal.Signals | None = None  # within the time of a run without a fault
+    limits: dict[int, int] = {}  # noqa: RUF012
+    disk: int | None = None  # bytes
+
+
+class End(NamedTuple):
+    """How a run ended: exit code, or what else; and how many bytes more than before it took."""
+
+    status: int | str
+    seconds: float
+    peak: int
 
 
 # ---------------------------------------------------------------------------------------------
-# The corpus: whole files
-# ---------------------------------------------------------------------------------------------
-
-
-def stars(shape=(40, 48)):
-    """Return a sky of a few stars, positive and of a range that small integers hold."""
-    return blobs(shape, (10, 9), (30, 12), (20, 25), (39, 31), level=40, noise=3).astype(float)
-
-
-def fits_of(*hdus):
-    buffer = io.BytesIO()
-    fits.HDUList(list(hdus)).writeto(buffer, output_verify="ignore")
-    return buffer.getvalue()
-
-
-def corpus_of_fits():
-    image, primary = stars(), fits.PrimaryHDU
-    files = {
-        f"{dtype}.fits": fits_of(primary(image.astype(dtype)))
-        for dtype in ("u1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
-    }
-    scaled = primary(image.astype("f4"))
-    scaled.scale("int16", bscale=0.01, bzero=30)
-    scaled.header["BLANK"] = -32768
-    files["scaled.fits"] = fits_of(scaled)
-    for kind in ("RICE_1", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "PLIO_1", "NOCOMPRESS"):
-        for dtype in ("i2", "i4", "f4", "f8"):
-            if kind != "PLIO_1" or dtype == "i2":
-                hdu = fits.CompImageHDU(image.astype(dtype), compression_type=kind)
-                files[f"{kind}-{dtype}.fits"] = fits_of(primary(), hdu)
-    files["cube.fits"] = fits_of(primary(np.stack([image] * 3).astype("f4")))
-    files["axes.fits"] = fits_of(primary(image.astype("f4")[None, None]))
-    table = fits.BinTableHDU(Table({"x": np.arange(9), "name": ["a"] * 9}))
-    several = [fits.ImageHDU(image.astype("f4"), name=name) for name in ("SCI", "ERR", "DQ")]
-    files["several.fits"] = fits_of(primary(), table, *several)
-    wcs = primary(image.astype("f4"))
-    wcs.header.update(CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CRVAL1=150.0, CRVAL2=2.0)
-    wcs.header.update(CRPIX1=20.0, CRPIX2=20.0, CDELT1=-1e-4, CDELT2=1e-4, BUNIT="Jy/beam")
-    wcs.header.update(BMAJ=3e-4, BMIN=2e-4, SATURATE=1e4, LONG="word " * 60)
-    files["wcs.fits"] = fits_of(wcs)
-    files["f4.fits.gz"] = gzip.compress(files["f4.fits"])
-    files["several.fits.bz2"] = bz2.compress(files["several.fits"])
-    return files
-
-
-def corpus_of_tiff():
-    image = stars()
-    files = {
-        f"{dtype}.tif": tiff_bytes(image.astype(dtype))
-        for dtype in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
-    }
-    for kind in ("zlib", "lzw", "packbits", "zstd", "lzma", "lerc", "png", "jpeg", "jpeg2000"):
-        for dtype in ("u1", "u2", "f4"):
-            if dtype == "u1" or (dtype == "u2" and kind != "jpeg") or kind[0] in "zl":
-                files[f"{kind}-{dtype}.tif"] = tiff_bytes(image.astype(dtype), compression=kind)
-    more = {
-        "tiled": {"tile": (16, 16), "compression": "zlib", "predictor": True},
-        "big": {"bigtiff": True},
-        "motorola": {"byteorder": ">"},
-        "strips": {"rowsperstrip": 3},
-        "white": {"photometric": "miniswhite"},
-    }
-    files |= {f"{name}.tif": tiff_bytes(image.astype("u2"), **how) for name, how in more.items()}
-    stack = np.stack([image] * 3).astype("u2")
-    files["stack.tif"] = tiff_bytes(stack)
-    files["imagej.tif"] = tiff_bytes(stack, imagej=True)
-    files["ome.tif"] = tiff_bytes(stack, ome=True)
-    files["rgb.tif"] = tiff_bytes(np.moveaxis(stack, 0, 2), photometric="rgb")
-    files["planar.tif"] = tiff_bytes(stack, photometric="rgb", planarconfig="separate")
-    files["bilevel.tif"] = pillow_bytes(image > 60)
-    return files
-
-
-def corpus_of_oddities():
-    """Return files of few or odd pixels, and files that hold no image."""
-    files, top = {}, np.finfo("f8").max
-    for shape in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 50), (50, 1), (3, 3)):
-        files[f"{shape}.fits"] = fits_of(fits.PrimaryHDU(stars((99, 99))[: shape[0], : shape[1]]))
-        files[f"{shape}.tif"] = tiff_bytes(stars((99, 99))[: shape[0], : shape[1]])
-    spots = stars()
-    for name, value in {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "top": top}.items():
-        some = spots.copy()
-        some[5:9, 7:30] = value
-        files[f"some {name}.fits"] = fits_of(fits.PrimaryHDU(some))
-        files[f"all {name}.fits"] = fits_of(fits.PrimaryHDU(np.full((20, 20), value)))
-    for name, scale in {"tiny": 1e-320, "small": 1e-300, "large": 1e300, "deep": 1e-30}.items():
-        files[f"{name}.fits"] = fits_of(fits.PrimaryHDU(spots * scale))
-    files["ends.fits"] = fits_of(fits.PrimaryHDU(np.where(spots > 40, top, -top)))
-    files["constant.fits"] = fits_of(fits.PrimaryHDU(np.ones((30, 30))))
-    for dtype in ("i8", "u8"):
-        limits = np.iinfo(dtype)
-        ends = np.where(spots > 40, limits.max, limits.min).astype(dtype)
-        files[f"ends-{dtype}.fits"] = fits_of(fits.PrimaryHDU(ends))
-        files[f"ends-{dtype}.tif"] = tiff_bytes(ends)
-    files["complex.tif"] = tiff_bytes(spots.astype("c8"))
-    table = Table({"x": np.arange(9.0), "z": np.arange(9) * 1j, "b": np.arange(9) > 4})
-    files["events.fits"] = fits_of(fits.PrimaryHDU(), fits.BinTableHDU(table))
-    files["no data.fits"] = fits_of(fits.PrimaryHDU())
-    files["empty"], files["text"] = b"", b"x y flux\n1 2 3\n" * 99
-    files["hdf5"], files["pdf"] = b"\x89HDF\r\n\x1a\n" + bytes(2000), b"%PDF-1.7\n" + bytes(999)
-    files["png"] = pillow_bytes(spots.astype("u1"), format="PNG")
-    files["gzip of nothing.gz"], files["gzip of text.gz"] = gzip.compress(b""), gzip.compress(b"a")
-    # Zeros without end, and a gigabyte of them in a strip of 4 kB.
-    files["bomb.fits.gz"] = gzip.compress(files["constant.fits"] + bytes(10**8))
-    strip = zlib.compress(bytes(10**9))
-    whole = tiff_bytes(spots.astype("u1"), compression="zlib", rowsperstrip=40)
-    bomb = patched_tiff(whole + strip, "StripOffsets", len(whole))
-    files["bomb.tif"] = patched_tiff(bomb, "StripByteCounts", len(strip))
-    return files
-
-
-KERNELS = (
-    "1 2 1\n2 4 2\n1 2 1\n",
-    "CONV NORM\n1 2 1\n2 4 2\n1 2 1\n",
-    "1\n",
-    "1 nan 1\n",
-    "-1 0 1\n",
-)
-
-
-# ---------------------------------------------------------------------------------------------
-# How they are spoilt
-# ---------------------------------------------------------------------------------------------
-
-
-def cut_short(content, rng):
-    return content[: rng.choice((rng.randrange(len(content)), rng.randrange(3000)))]
-
-
-def flip_bytes(content, rng):
-    spoilt = bytearray(content)
-    last = rng.choice((len(spoilt), min(len(spoilt), 2880), min(len(spoilt), 400)))
-    for _ in range(rng.choice((1, 1, 3, 10, 100))):
-        spoilt[rng.randrange(last)] = rng.choice((0, 255, rng.randrange(256)))
-    return bytes(spoilt)
-
-
-def move_blocks(content, rng):
-    """Return the content with a piece of it removed, repeated, or put elsewhere."""
-    unit = rng.choice((1, 80, 2880))
-    first, last, place = sorted(rng.randrange(len(content) + 1) // unit * unit for _ in range(3))
-    piece = content[first:last]
-    without = content[:first] + content[last:]
-    return rng.choice((without, content[:place] + piece + content[place:], without + piece))
-
-
-LIES = (
-    *("0", "-1", "1", "2", "3", "7", "8", "16", "-32", "999", "1000", "100000", "1000000000"),
-    *("2147483647", "-2147483648", "4294967296", "9223372036854775807", "99999999999999999999"),
-    *("1.5", "1E400", "-1E-400", "NaN", "Inf", "T", "F", "''", "'text'", "(1, 2)", ""),
-    *("'RA---TAN'", "'RICE_1'", "'1PB(9999999999)'", "'999999999D'", "'IMAGE'", "'BINTABLE'"),
-    "'Jy/beam'",
-)
-KEYS = (
-    *("BITPIX", "NAXIS", "NAXIS1", "NAXIS2", "NAXIS3", "PCOUNT", "GCOUNT", "TFIELDS", "BLANK"),
-    *("BSCALE", "BZERO", "EXTEND", "EXTNAME", "EXTVER", "XTENSION", "CTYPE1", "CRVAL1", "CDELT1"),
-    *("CD1_1", "CRPIX2", "ZIMAGE", "ZBITPIX", "ZNAXIS", "ZNAXIS1", "ZTILE1", "ZTILE2", "ZCMPTYPE"),
-    *("ZVAL1", "ZBLANK", "ZQUANTIZ", "TFORM1", "THEAP", "WCSAXES", "A_ORDER", "SATURATE", "BUNIT"),
-    *("GROUPS", "DATASUM", "CHECKSUM", "END", "SIMPLE", "HISTORY", "CONTINUE", "LATPOLE"),
-    "EQUINOX",
-)
-
-
-def lie_in_header(content, rng):
-    """Change, add or repeat cards of any header of a FITS file."""
-    spoilt = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        card = re.compile(rb"[A-Z0-9_-]{1,8} *=? ").match
-        cards = [at for at in range(0, len(spoilt) - 79, 80) if card(spoilt, at)]
-        key, lie = rng.choice(KEYS), rng.choice(LIES)
-        own = [at for at in cards if bytes(spoilt[at : at + 8]).decode("latin-1").strip() == key]
-        at = rng.choice(own or cards or [0])
-        if rng.random() < 0.3:
-            key = bytes(spoilt[at : at + 8]).decode("latin-1").strip()
-        line = f"{key:8}= {lie:>20}".encode()
-        spoilt[at : at + 80] = f"{line[:80].decode('latin-1'):80}".encode("latin-1")
-    if rng.random() < 0.05:
-        line, count = rng.choice((b"CONTINUE  'a&'", b"HISTORY a", b"")), rng.choice((100, 10**5))
-        spoilt[80:80] = line.ljust(80) * (count // 36 * 36)
-    return bytes(spoilt)
-
-
-def entries(content):
-    """Return the byte order of a classic TIFF, its first directory's place, and its entries'."""
-    order = "<" if content[:2] == b"II" else ">"
-    (start,) = struct.unpack_from(order + "I", content, 4)
-    (count,) = struct.unpack_from(order + "H", content, start)
-    return order, start, [start + 2 + 12 * i for i in range(count)]
-
-
-def lie_in_directory(content, rng):
-    """Change types, counts and values of tags of a TIFF, or let a directory lead to itself."""
-    try:
-        order, start, places = entries(content)
-    except struct.error:
-        return flip_bytes(content, rng)
-    spoilt = bytearray(content)
-    numbers = (0, 1, 2, 3, 17, 255, 32773, 65535, 10**8, 2**31, 2**32 - 1, start, len(content) - 4)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        at, what = rng.choice(places), rng.randrange(6)
-        if what == 0:
-            struct.pack_into(
-                order + "H", spoilt, at, rng.choice((256, 257, 258, 259, 262, 273, 277))
-            )
-        elif what == 1:
-            struct.pack_into(order + "H", spoilt, at + 2, rng.randrange(20))
-        elif what == 2:
-            struct.pack_into(order + "I", spoilt, at + 4, rng.choice(numbers))
-        elif what == 3 and places[-1] + 16 <= len(spoilt):
-            struct.pack_into(order + "I", spoilt, places[-1] + 12, rng.choice(numbers))
-        else:
-            struct.pack_into(order + "I", spoilt, at + 8, rng.choice(numbers))
-    return bytes(spoilt)
-
-
-# ---------------------------------------------------------------------------------------------
-# Cases
+# Files
 # ---------------------------------------------------------------------------------------------
 
 OPTIONS = (
@@ -274,58 +92,255 @@ OPTIONS = (
 ROLES = {"image": 12, "mask": 2, "noise": 2, "measure": 1, "kernel": 1}  # and how often
 
 
-def make_case(corpus, seed, number, directory):
-    """Put a case into a directory; return its kind, whether it must succeed, and its arguments."""
-    rng = random.Random(f"{seed} {number}")
-    family, name = rng.choice(list(corpus))
-    content, how = corpus[family, name], "whole"
-    if family != "oddity" and rng.random() < 0.93:
-        lie = lie_in_header if family == "FITS" else lie_in_directory
-        spoil = rng.choice((cut_short, flip_bytes, move_blocks, lie, lie, lie))
-        how = spoil.__name__
-        packing = {".gz": gzip, ".bz2": bz2}.get(Path(name).suffix)
-        if packing and rng.random() < 0.5:
-            content = packing.compress(spoil(packing.decompress(content), rng))
-        else:
-            content = spoil(content, rng)
-    path = directory / name
-    path.write_bytes(content)
+def case_of_files(files, rng, directory):
+    """Return a case of one file, in any role."""
+    family, name = rng.choice(list(files))
+    how, content = spoilt(family, name, files[family, name], rng)
+    (directory / "good.fits").write_bytes(files["FITS", "f4.fits"])
     (role,) = rng.choices(list(ROLES), list(ROLES.values()))
-    good = directory / "good.fits"
-    good.write_bytes(corpus["FITS", "f4.fits"])
     options = rng.choice(OPTIONS).split()
     match role:
         case "image":
-            arguments = [path]
+            arguments = [name]
         case "mask":
-            arguments = [good, "--mask", path, *rng.choice(([], ["--mask-bits", "2"]))]
+            arguments = ["good.fits", "--mask", name, *rng.choice(([], ["--mask-bits", "2"]))]
         case "noise":
-            kind = rng.choice(("stddev", "variance", "weight"))
-            arguments = [good, "--err-option", "file", "--err-file", path, "--err-type", kind]
-            options = []
+            kind, options = rng.choice(("stddev", "variance", "weight")), []
+            noise = ["--err-option", "file", "--err-file", name]
+            arguments = ["good.fits", *noise, "--err-type", kind]
         case "measure":
-            arguments = [good, "--measure-image", path]
+            arguments = ["good.fits", "--measure-image", name]
         case "kernel":
-            kernel = rng.choice((flip_bytes(rng.choice(KERNELS).encode(), rng), content))
-            path.write_bytes(kernel)
-            arguments, options = [good, "--filter-case", "file", "--filter-file", path], []
+            kernel, options = rng.choice(list(KERNELS.values())).encode("latin-1"), []
+            content = rng.choice((flip_bytes(kernel + b"\n", rng), content))
+            arguments = ["good.fits", "--filter-case", "file", "--filter-file", name]
+    (directory / name).write_bytes(content)
     sound = role == "image" and how == "whole" and family != "oddity" and not options
     sound = sound and not name.startswith(("cube", "stack", "imagej", "ome", "rgb", "planar"))
-    return f"{family} {role} {how}", sound, [str(word) for word in (*arguments, *options)]
+    return Case(f"{family} {role} {how}", [*arguments, *options, "-o", "products"], sound)
 
 
-def run_case(arguments, directory):
-    """Run the tool in a process of its own; return its status, seconds, and bytes more than now."""
+# ---------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------
+
+NUMBERS = (
+    *("0", "1", "2", "3", "5", "7", "8", "50", "51", "64", "99", "100", "101", "1024", "1025"),
+    *("10000", "10001", "2147483647", "2147483648", "18446744073709551615", "18446744073709551616"),
+    *(
+        "-1",
+        "-0",
+        "-2147483649",
+        "0.5",
+        "1.5",
+        "-0.5",
+        "1e-45",
+        "1e-300",
+        "1e-320",
+        "1e38",
+        "1e300",
+    ),
+    *("1e400", "nan", "inf", "-inf", "NaN", "Infinity", "", " ", "\n", "\u0663", "\uff11\uff12"),
+    *("\u00b2", "\u0660.\u0665", "\u22121", "1_0", "0x10", "1,5", "1.5.1", "five", "1 2", "1j"),
+    *("9" * 5000, "0." + "9" * 5000, "1e" + "9" * 50, "0" * 5000 + "5", "True", "None"),
+)
+HDUS = ("SCI", "sci,1", "DQ,\u0661", ",", "1,2,3", "-1", "ERR,2", "SCI,99999999999")
+PLACES = (
+    "a.fits",
+    "b.TIF",
+    "c.fits.gz",
+    "d",
+    "new/x",
+    "new/x/y",
+    "image.fits",
+    ".",
+    "text/x",
+    "\n",
+)
+TOGETHER = (
+    *(
+        ("err_option", "err_file", "err_type"),
+        ("err_file", "err_hdu"),
+        ("filter_case", "filter_file"),
+    ),
+    *(("filter_case", "filter_fwhm"), ("mask", "mask_bits"), ("mask", "maskthresh", "mask_bits")),
+    *(("mask", "mask_hdu"), ("measure_image", "measure_plane"), ("verbose", "quiet")),
+    *(("catalog_fits", "aperture_diameters"), ("catalog", "rms"), ("output_dir", "regions")),
+)
+
+
+def shelf(files):
+    """Return right and wrong files for options, by their names."""
+    image = stars()
+    noise = np.full(image.shape, 3.0)
+    arrays = {"image": image, "noise": noise, "negative": -noise, "zero": 0 * noise}
+    arrays |= {"nan": noise * np.nan, "tiny": noise * 1e-300, "huge": noise * 1e300}
+    arrays |= {"quality": (image > 90).astype("i2") * 6, "all": noise > 0, "small": image[:20]}
+    found = {
+        name: data.astype("u1") if data.dtype == bool else data for name, data in arrays.items()
+    }
+    found = {f"{name}.fits": fits_of(fits.PrimaryHDU(data)) for name, data in found.items()}
+    found["several.fits"] = files["FITS", "several.fits"]
+    found |= {name: files["oddity", name] for name in ("events.fits", "complex.tif", "text")}
+    return found | {f"{name}.txt": text.encode("latin-1") for name, text in KERNELS.items()}
+
+
+def words_of(action, names, rng):
+    """Return the words of a value for an option, right or wrong."""
+    if action.nargs == 0:
+        return []
+    if action.choices:
+        return [str(rng.choice((*action.choices, *action.choices, "x", "")))]
+    if action.nargs == 4 and rng.random() < 0.5:
+        return [str(place) for place in sorted(rng.sample(range(48), 4))]
+    if action.dest in source_extractor.PRODUCTS or action.dest == "output_dir":
+        return [rng.choice(PLACES)]
+    if action.type is Path:
+        return [rng.choice((*names, *names, "missing.fits", ".", ""))]
+    number = rng.choice((2, 3, 4)) if action.nargs == 4 else rng.choice((1, 1, 3))
+    pool = HDUS + NUMBERS if action.dest.endswith("hdu") else NUMBERS
+    return [rng.choice(pool) for _ in range(number if action.nargs else 1)]
+
+
+def case_of_options(files, rng, directory):
+    """Return a case of any options, and put what they name into the directory."""
+    on_shelf = shelf(files)
+    actions = {action.dest: action for action in source_extractor.build_parser()._actions}
+    chosen = rng.sample(sorted(actions.keys() - {"image"}), rng.choice((1, 1, 2, 3, 6)))
+    if rng.random() < 0.5:
+        chosen += [name for name in rng.choice(TOGETHER) if name not in chosen]
+    arguments = [rng.choice(("image.fits", "image.fits", "several.fits", "text"))]
+    for name in chosen:
+        words = words_of(actions[name], list(on_shelf), rng)
+        if name in ("err_option", "filter_case") and rng.random() < 0.5:
+            words = ["file"]
+        option = rng.choice(actions[name].option_strings)
+        glued = len(words) == 1 and option.startswith("--") and rng.random() < 0.5
+        arguments += [f"{option}={words[0]}"] if glued else [option, *words]
+    for name, content in on_shelf.items():
+        if any(name in argument for argument in arguments):
+            (directory / name).write_bytes(content)
+    return Case(f"{len(chosen)} options", arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------
+
+REQUESTED = {
+    "--catalog-fits": "catalog.fits.gz",
+    "--regions": "sources.reg",
+    "--subtracted": "subtracted.fits",
+    "--overview": "overview.png",
+}
+SIGNALS = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGINT)
+
+
+def case_of_faults(files, rng, directory):
+    """Return a case that would succeed without its fault, with older products in place."""
+    name = rng.choice(("f4.fits", "f4.fits.gz", "RICE_1-f4.fits", "wcs.fits"))
+    (directory / name).write_bytes(files["FITS", name])
+    requested = [
+        word for option, path in REQUESTED.items() for word in (option, f"products/{path}")
+    ]
+    arguments = [name, "-v", "-o", "products", *requested, *rng.choice(([], ["--threads", "2"]))]
+    fault = rng.choice((*SIGNALS, signal.SIGHUP, "file size", "disk", "memory"))
+    match fault:
+        case "file size":
+            limits = {resource.RLIMIT_FSIZE: int(10 ** rng.uniform(2.5, 5.5))}
+            return Case(fault, arguments, limits=limits)
+        case "memory":
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            taken = pages * resource.getpagesize()
+            limits = {resource.RLIMIT_AS: taken + int(10 ** rng.uniform(5, 8.5))}
+            return Case(fault, arguments, limits=limits)
+        case "disk":
+            return Case(fault, arguments, disk=60_000 + int(10 ** rng.uniform(3, 5.5)))
+    return Case(fault.name, arguments, stop=fault)
+
+
+@contextlib.contextmanager
+def disk(directory, size):
+    """Let a directory be a disk of so many bytes, if a size is given, and mounting is allowed."""
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory]
+    mounted = size and not subprocess.run(mount, capture_output=True, check=False).returncode
+    try:
+        yield
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@cache
+def unharmed(arguments, image):
+    """Return the products of a run without a fault, and its seconds."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / arguments[0]).write_bytes(image)
+        seconds = run(arguments, directory).seconds
+        return tree(directory / "products"), seconds
+
+
+def run_with_fault(case, rng, directory):
+    """Run a case with its fault over older products; return its kind, end and fault, or None."""
+    products, image = directory / "products", (directory / case.arguments[0]).read_bytes()
+    new, seconds = unharmed(tuple(case.arguments), image)
+    old = dict.fromkeys(new, b"old")
+    with disk(products, case.disk):
+        for name, content in old.items():
+            (products / name).write_bytes(content)
+        stop = case.stop and (case.stop, rng.uniform(0, 1.05) * seconds)
+        end = run(case.arguments, directory, case.limits, stop)
+        stages = STAGE.findall((directory / "stdout").read_text())
+        kind = f"{case.kind} after {stages[-1] if stages else 'nothing'}"
+        now = tree(products)
+        hidden = {name.partition("/")[0] for name in now if name.startswith(".")}
+        seen = {name: content for name, content in now.items() if not name.startswith(".")}
+        fault = fault_of_words(end, directory, case.stop)
+        if seen != new if end.status == 0 else seen not in (old, new):
+            fault = "left neither all old products nor all new ones"
+        elif len(hidden) > (case.stop == signal.SIGKILL):
+            fault = f"left {sorted(hidden)}"
+        elif case.stop == signal.SIGKILL:
+            again = run(case.arguments, directory)
+            if again.status or not new.items() <= tree(products).items():
+                fault = "the next run failed"
+    return kind, end, fault
+
+
+# ---------------------------------------------------------------------------------------------
+# Running and judging
+# ---------------------------------------------------------------------------------------------
+
+
+def tree(directory):
+    """Return the content of each file below a directory, by relative path."""
+    found = {}
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            found[str(path.relative_to(directory))] = path.read_bytes()
+    return found
+
+
+def run(arguments, directory, limits=None, stop=None):
+    """Run the tool in a directory, in a process of its own, and return its `End`.
+
+    There may be limits of resources, and a signal after so many seconds. What is said is put into
+    files beside the products.
+    """
     start = time.monotonic()
     child = os.fork()
     if not child:
+        os.chdir(directory)
         for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        resource.setrlimit(resource.RLIMIT_AS, (8 * 10**9, 8 * 10**9))
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for limit, value in ({resource.RLIMIT_AS: 8 * BYTES} | (limits or {})).items():
+            resource.setrlimit(limit, (value, value))
         code = 99
         try:
-            code = source_extractor.main([*arguments, "-o", str(directory / "products")])
+            code = source_extractor.main(arguments)
         except SystemExit as end:
             code = end.code
         except BaseException:
@@ -333,78 +348,123 @@ def run_case(arguments, directory):
         sys.stdout.flush()
         sys.stderr.flush()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        (directory / "peak").write_text(str(1024 * peak))
+        with contextlib.suppress(OSError):
+            Path("peak").write_text(str(1024 * peak))
         os._exit(code or 0)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         seconds = time.monotonic() - start
         if done:
             break
+        if stop and seconds > stop[1]:
+            os.kill(child, stop[0])
+            stop = None
         if seconds > SECONDS:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return "hang", seconds, 0
-        time.sleep(0.005)
-    peak = int((directory / "peak").read_text()) if (directory / "peak").exists() else 0
+            return End("hang", seconds, 0)
+        time.sleep(0.002)
+    peak = directory / "peak"
+    peak = int(peak.read_text() or 0) if peak.exists() else 0
     if os.WIFSIGNALED(status):
-        return f"signal {os.WTERMSIG(status)}", seconds, peak
-    return os.WEXITSTATUS(status), seconds, peak
+        return End(f"signal {os.WTERMSIG(status)}", seconds, peak)
+    return End(os.WEXITSTATUS(status), seconds, peak)
 
 
-def fault_of(status, peak, sound, directory):
-    """Return what is wrong with an end, or None."""
+def fault_of_words(end, directory, stop=None):
+    """Return what is wrong with the end of a run, that a signal may stop, and with its words."""
     said = (directory / "stderr").read_text(errors="replace").splitlines()
-    left = sorted(path.name for path in directory.glob("products/*"))
     errors = sum(" error: " in line for line in said if LINE.fullmatch(line))
-    if status not in (0, 1, 2):
-        return f"ended with {status}"
+    stopped = stop and end.status in (f"signal {stop}", 128 + stop)
     if not all(map(LINE.fullmatch, said)):
         return "said more than lines of its own"
-    if peak > BYTES:
-        return f"took {peak / 1e9:.1f} GB"
+    if end.status not in (0, 1, 2) and not stopped:
+        return f"ended with {end.status}"
+    if end.peak > BYTES:
+        return f"took {end.peak / 1e9:.1f} GB"
     if any("a fault of the tool" in line for line in said):
         return "called it a fault of its own"
-    if status:
-        if errors != 1:
-            return f"said {errors} errors"
-        if left:
-            return "left something behind"
-        return "refused a whole file" if sound else None
-    if errors:
-        return "said an error, but succeeded"
-    if left != PRODUCTS and "--image-format" not in (directory / "arguments").read_text():
-        return f"left {left}"
-    return None
+    return f"said {errors} errors" if errors != (end.status in (1, 2)) else None
+
+
+def is_sound(product, path):
+    """Tell if a product can be read."""
+    match product:
+        case "catalog":
+            return len({line.count("\t") for line in path.read_text().splitlines()}) == 1
+        case "regions":
+            return path.read_text().startswith("# Region file format: DS9")
+        case "overlay" | "overview":
+            with PIL.Image.open(path) as picture:
+                return picture.format == "PNG" and np.asarray(picture).ndim == 3
+    if path.read_bytes()[:2] in (b"II", b"MM"):
+        return tifffile.imread(path).ndim == 2
+    return fits.getdata(path, 1 if product == "catalog_fits" else 0) is not None
+
+
+def fault_of_products(end, case, before, directory):
+    """Return what is wrong with what a run has left, or None."""
+    own = {"stdout", "stderr", "peak"}
+    after = {name: content for name, content in tree(directory).items() if name not in own}
+    changed = {name for name in after.keys() | before if after.get(name) != before.get(name)}
+    informs = {"--help", "-h", "--version"} & set(case.arguments)
+    if end.status or informs:
+        if changed:
+            return f"left {sorted(changed)}"
+        return "refused a whole file" if case.sound else None
+    args = source_extractor.build_parser().parse_args(case.arguments)
+    targets = source_extractor.product_paths(args)
+    if changed != {str(path) for path in targets.values()}:
+        return f"left {sorted(changed)}"
+    spoilt = [name for name, path in targets.items() if not is_sound(name, directory / path)]
+    return f"left {spoilt} that can't be read" if spoilt else None
+
+
+def run_and_judge(case, rng, directory):
+    """Run a case of files or options; return its kind, end and fault, or None."""
+    before = tree(directory)
+    end = run(case.arguments, directory)
+    fault = fault_of_words(end, directory) or fault_of_products(end, case, before, directory)
+    return case.kind, end, fault
+
+
+KINDS = {
+    "files": (case_of_files, run_and_judge),
+    "options": (case_of_options, run_and_judge),
+    "faults": (case_of_faults, run_with_fault),
+}
 
 
 def main():
     """Run cases until the time is up; return 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="of cases (all)")
     parser.add_argument("--seconds", type=float, default=60.0, help="for how long (60)")
     parser.add_argument("--seed", type=int, default=0, help="of all cases (0)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (0)")
     parser.add_argument("--cases", type=int, default=10**9, help="the most to try")
     parser.add_argument("--keep", type=Path, default=Path("failures"), help="for what failed")
     args = parser.parse_args()
-    makers = {"FITS": corpus_of_fits, "TIFF": corpus_of_tiff, "oddity": corpus_of_oddities}
-    corpus = {(kind, name): file for kind, make in makers.items() for name, file in make().items()}
+    files, kinds = corpus(), args.kinds or list(KINDS)
     end, counts, failures = time.monotonic() + args.seconds, collections.Counter(), 0
     for number in range(args.first, args.first + args.cases):
         if time.monotonic() > end:
             break
-        with tempfile.TemporaryDirectory() as name:
-            directory = Path(name)
-            kind, sound, arguments = make_case(corpus, args.seed, number, directory)
-            (directory / "arguments").write_text(shlex.join(arguments))
-            status, seconds, peak = run_case(arguments, directory)
-            fault = fault_of(status, peak, sound, directory)
-            counts[kind, "FAILED" if fault else status] += 1
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+            directory, kind = Path(name), kinds[number % len(kinds)]
+            make, judge = KINDS[kind]
+            rng = random.Random(f"{kind} {args.seed} {number}")
+            case = make(files, rng, directory)
+            what, ended, fault = judge(case, rng, directory)
+            (directory / "arguments").write_text(shlex.join(case.arguments))
+            counts[kind, what, "FAILED" if fault else ended.status] += 1
             if fault:
                 failures += 1
-                shutil.copytree(directory, args.keep / f"{args.seed}-{number}", dirs_exist_ok=True)
-                print(f"{number} {kind}: {fault} ({seconds:.1f} s)", flush=True)
-    for (kind, outcome), count in sorted(counts.items(), key=str):
-        print(f"{count:6} {kind}: {outcome}")
+                kept = args.keep / f"{kind}-{args.seed}-{number}"
+                shutil.copytree(directory, kept, dirs_exist_ok=True)
+                print(f"{number} {what}: {fault} ({ended.seconds:.1f} s)", flush=True)
+    for (kind, what, outcome), count in sorted(counts.items(), key=str):
+        print(f"{count:6} {kind}: {what}: {outcome}")
     print(f"{sum(counts.values())} cases, {failures} failed")
     return failures > 0
 

@@ -1,0 +1,173 @@
+"""What is around a run: network, home, locale, directory, paths, and another run beside it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from astropy.io import fits
+
+import source_extractor
+from common import SCRIPT, all_nine, call, start, tree
+from contract import NINE
+
+WITHOUT_NETWORK = """
+import socket, sys
+
+def refuse(*args, **kwargs):
+    print("asked for the network", file=sys.stderr)
+    raise OSError("no network")
+
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import source_extractor
+source_extractor.command()
+"""
+
+
+@pytest.fixture
+def sky(write, stars):
+    """Return a function that writes the stars with a WCS of the kind of coordinates, and path."""
+
+    def write_sky(name, longitude, latitude, **cards):
+        cards = {"CRVAL1": 150.0, "CRVAL2": 2.0, "CRPIX1": 80.0, "CRPIX2": 60.0} | cards
+        scale = {"CDELT1": -1e-4, "CDELT2": 1e-4, "BUNIT": "Jy/beam", "BMAJ": 3e-4, "BMIN": 2e-4}
+        axes = {"CTYPE1": f"{longitude:-<5}TAN", "CTYPE2": f"{latitude:-<5}TAN"}
+        return write(stars, name, **{key: v for key, v in (axes | cards | scale).items()})
+
+    return write_sky
+
+
+# That of the Earth needs tables of its rotation, which astropy would download.
+KINDS = {
+    "old equator": ("RA-", "DEC-", {"RADESYS": "FK4", "EQUINOX": 1950.0}),
+    "galaxy": ("GLON", "GLAT", {}),
+    "earth": ("TLON", "TLAT", {"DATE-OBS": "2031-01-01T00:00:00"}),
+}
+
+
+@pytest.mark.parametrize(("longitude", "latitude", "cards"), KINDS.values(), ids=KINDS)
+def test_no_run_asks_for_the_network(sky, tmp_path, longitude, latitude, cards):
+    one = sky("one.fits", longitude, latitude, **cards)
+    if "DATE-OBS" in cards:
+        cards = {"DATE-OBS": "2032-05-05T00:00:00"}
+    other = sky("other.fits", longitude, latitude, **cards)
+    command = [sys.executable, "-c", WITHOUT_NETWORK, one, "--measure-image", other]
+    done = subprocess.run(
+        [*command, *all_nine(tmp_path / "products")],
+        cwd=SCRIPT.parent,
+        env={"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert "network" not in done.stderr
+    assert tree(tmp_path / "products").keys() == set(NINE)
+
+
+def test_a_run_needs_no_home_display_or_locale_and_leaves_nothing(write, stars, tmp_path):
+    image = write(stars)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    bare = {"HOME": "/proc", "TMPDIR": str(scratch), "LC_ALL": "C", "PYTHONUTF8": "0"}
+    bare |= {"PYTHONCOERCECLOCALE": "0"}
+    done = start(image, *all_nine(tmp_path / "products"), cwd="/", env=bare)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert tree(tmp_path / "products").keys() == set(NINE)
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("line", ["text.usetex: True", "figure.facecolor: red", "nonsense"])
+def test_what_matplotlib_is_set_to_changes_no_picture(write, stars, tmp_path, line):
+    image = write(stars)
+    (tmp_path / "matplotlibrc").write_text(f"{line}\n")
+    for number, place in enumerate((tmp_path, "/")):
+        done = start(image, "-q", "-o", tmp_path / str(number), cwd=place)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert tree(tmp_path / "0") == tree(tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", 'it\'s "so"', "x\ny", "Süd ☉", "$(touch y)", "-q", "*.fits"]
+)
+def test_a_path_may_hold_anything(write, stars, tmp_path, monkeypatch, capsys, name):
+    odd = tmp_path / name
+    odd.mkdir()
+    image, mask = write(stars), write(np.zeros(stars.shape, np.uint8), "mask.fits")
+    inputs = [path.rename(odd / f"{name}.{path.name}") for path in (image, mask)]
+    monkeypatch.chdir(odd)
+    assert call(inputs[0], "--mask", inputs[1], *all_nine(odd / "products")) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert tree(odd / "products").keys() == set(NINE)
+    assert len(tree(tmp_path)) == 2 + len(NINE)
+    history = fits.getheader(odd / "products" / "rms.fits")["HISTORY"]
+    assert str(tmp_path) not in f"{history}{said.out}"
+
+
+def test_two_runs_at_once_in_one_directory_do_not_meet(write, stars, tmp_path):
+    image = write(stars)
+    option_of = source_extractor.option_of
+    names = [
+        [f"{option_of(name)}={name}{run}.x" for name in source_extractor.PRODUCTS] for run in "ab"
+    ]
+    command = [sys.executable, SCRIPT, image, "-q"]
+    runs = [subprocess.Popen([*command, *own], cwd=tmp_path) for own in names]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    for name in ("catalog", "overlay", "overview", "regions"):
+        one, other = (Path(tmp_path, f"{name}{run}.x").read_bytes() for run in "ab")
+        assert one == other
+    assert len(tree(tmp_path)) == 1 + 2 * len(source_extractor.PRODUCTS)
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--subtracted", "x/s.fits.gz", "--catalog-fits", "x/c.fits.gz")]
+)
+def test_products_are_the_same_to_the_byte_whoever_makes_them(sky, tmp_path, options):
+    image = sky("image.fits", "RA-", "DEC-")
+    made = []
+    for number, seed in (("1", "1"), ("2", "2"), ("3", "3")):
+        place = tmp_path / number
+        place.mkdir()
+        environment = os.environ | {"PYTHONHASHSEED": seed, "SOURCE_DATE_EPOCH": seed}
+        options_of_run = (*all_nine(Path("x")), *options, "--threads", number)
+        assert start(image, *options_of_run, cwd=place, env=environment).returncode == 0
+        made.append(tree(place))
+    assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize(
+    "remark",
+    [
+        'ImageJ=1.53\nimages=2\nInfo=`touch y`\n"\n',
+        '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
+        '<OME UUID="u">&x;</OME>',
+        '{"shape": __import__("os").system("touch y")}',
+    ],
+)
+def test_what_a_tiff_says_is_not_done(run, stars, tmp_path, monkeypatch, remark):
+    monkeypatch.chdir(tmp_path)
+    tifffile.imwrite("image.tif", stars, description=remark, metadata=None)
+    assert run("image.tif").code in (0, 1)
+    assert not Path("y").exists()
+
+
+def test_reports_name_files_without_their_directories(run, write, stars, tmp_path):
+    stars[:] = 5
+    result = run(write(stars), "--mask", write(0 * stars, "mask.fits"), "-v")
+    assert result.code == 0
+    assert "warning" in result.err
+    assert str(tmp_path) not in result.out + result.err
+
+
+def test_a_missing_directory_to_work_in_costs_one_line(write, stars, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f'rmdir ../gone && "{sys.executable}" "{SCRIPT}" "{write(stars)}"'
+    done = subprocess.run(command, shell=True, cwd=gone, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "current directory" in done.stderr

@@ -1,0 +1,258 @@
+"""Odd files, and ways to spoil good ones: what `fuzz.py` feeds the tool with."""
+
+import bz2
+import gzip
+import io
+import re
+import struct
+import zlib
+
+import numpy as np
+from astropy.io import fits
+from astropy.table import Table
+
+from files import patched_tiff, pillow_bytes, tiff_bytes
+from sky import blobs
+
+# ---------------------------------------------------------------------------------------------
+# Whole files
+# ---------------------------------------------------------------------------------------------
+
+
+def stars(shape=(40, 48)):
+    """Return a sky of a few stars, positive and of a range that small integers hold."""
+    return blobs(shape, (10, 9), (30, 12), (20, 25), (39, 31), level=40, noise=3).astype(float)
+
+
+def fits_of(*hdus):
+    buffer = io.BytesIO()
+    fits.HDUList(list(hdus)).writeto(buffer, output_verify="ignore")
+    return buffer.getvalue()
+
+
+def corpus_of_fits():
+    image, primary = stars(), fits.PrimaryHDU
+    files = {
+        f"{dtype}.fits": fits_of(primary(image.astype(dtype)))
+        for dtype in ("u1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
+    }
+    scaled = primary(image.astype("f4"))
+    scaled.scale("int16", bscale=0.01, bzero=30)
+    scaled.header["BLANK"] = -32768
+    files["scaled.fits"] = fits_of(scaled)
+    for kind in ("RICE_1", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "PLIO_1", "NOCOMPRESS"):
+        for dtype in ("i2", "i4", "f4", "f8"):
+            if kind != "PLIO_1" or dtype == "i2":
+                hdu = fits.CompImageHDU(image.astype(dtype), compression_type=kind)
+                files[f"{kind}-{dtype}.fits"] = fits_of(primary(), hdu)
+    files["cube.fits"] = fits_of(primary(np.stack([image] * 3).astype("f4")))
+    files["axes.fits"] = fits_of(primary(image.astype("f4")[None, None]))
+    table = fits.BinTableHDU(Table({"x": np.arange(9), "name": ["a"] * 9}))
+    several = [fits.ImageHDU(image.astype("f4"), name=name) for name in ("SCI", "ERR", "DQ")]
+    files["several.fits"] = fits_of(primary(), table, *several)
+    wcs = primary(image.astype("f4"))
+    wcs.header.update(CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CRVAL1=150.0, CRVAL2=2.0)
+    wcs.header.update(CRPIX1=20.0, CRPIX2=20.0, CDELT1=-1e-4, CDELT2=1e-4, BUNIT="Jy/beam")
+    wcs.header.update(BMAJ=3e-4, BMIN=2e-4, SATURATE=1e4, LONG="word " * 60)
+    files["wcs.fits"] = fits_of(wcs)
+    files["f4.fits.gz"] = gzip.compress(files["f4.fits"])
+    files["several.fits.bz2"] = bz2.compress(files["several.fits"])
+    return files
+
+
+def corpus_of_tiff():
+    image = stars()
+    files = {
+        f"{dtype}.tif": tiff_bytes(image.astype(dtype))
+        for dtype in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
+    }
+    for kind in ("zlib", "lzw", "packbits", "zstd", "lzma", "lerc", "png", "jpeg", "jpeg2000"):
+        for dtype in ("u1", "u2", "f4"):
+            if dtype == "u1" or (dtype == "u2" and kind != "jpeg") or kind[0] in "zl":
+                files[f"{kind}-{dtype}.tif"] = tiff_bytes(image.astype(dtype), compression=kind)
+    more = {
+        "tiled": {"tile": (16, 16), "compression": "zlib", "predictor": True},
+        "big": {"bigtiff": True},
+        "motorola": {"byteorder": ">"},
+        "strips": {"rowsperstrip": 3},
+        "white": {"photometric": "miniswhite"},
+    }
+    files |= {f"{name}.tif": tiff_bytes(image.astype("u2"), **how) for name, how in more.items()}
+    stack = np.stack([image] * 3).astype("u2")
+    files["stack.tif"] = tiff_bytes(stack)
+    files["imagej.tif"] = tiff_bytes(stack, imagej=True)
+    files["ome.tif"] = tiff_bytes(stack, ome=True)
+    files["rgb.tif"] = tiff_bytes(np.moveaxis(stack, 0, 2), photometric="rgb")
+    files["planar.tif"] = tiff_bytes(stack, photometric="rgb", planarconfig="separate")
+    files["bilevel.tif"] = pillow_bytes(image > 60)
+    return files
+
+
+def corpus_of_oddities():
+    """Return files of few or odd pixels, and files that hold no image."""
+    files, top = {}, np.finfo("f8").max
+    for shape in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 50), (50, 1), (3, 3)):
+        files[f"{shape}.fits"] = fits_of(fits.PrimaryHDU(stars((99, 99))[: shape[0], : shape[1]]))
+        files[f"{shape}.tif"] = tiff_bytes(stars((99, 99))[: shape[0], : shape[1]])
+    spots = stars()
+    for name, value in {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "top": top}.items():
+        some = spots.copy()
+        some[5:9, 7:30] = value
+        files[f"some {name}.fits"] = fits_of(fits.PrimaryHDU(some))
+        files[f"all {name}.fits"] = fits_of(fits.PrimaryHDU(np.full((20, 20), value)))
+    for name, scale in {"tiny": 1e-320, "small": 1e-300, "large": 1e300, "deep": 1e-30}.items():
+        files[f"{name}.fits"] = fits_of(fits.PrimaryHDU(spots * scale))
+    files["ends.fits"] = fits_of(fits.PrimaryHDU(np.where(spots > 40, top, -top)))
+    files["constant.fits"] = fits_of(fits.PrimaryHDU(np.ones((30, 30))))
+    for dtype in ("i8", "u8"):
+        limits = np.iinfo(dtype)
+        ends = np.where(spots > 40, limits.max, limits.min).astype(dtype)
+        files[f"ends-{dtype}.fits"] = fits_of(fits.PrimaryHDU(ends))
+        files[f"ends-{dtype}.tif"] = tiff_bytes(ends)
+    files["complex.tif"] = tiff_bytes(spots.astype("c8"))
+    table = Table({"x": np.arange(9.0), "z": np.arange(9) * 1j, "b": np.arange(9) > 4})
+    files["events.fits"] = fits_of(fits.PrimaryHDU(), fits.BinTableHDU(table))
+    files["no data.fits"] = fits_of(fits.PrimaryHDU())
+    files["empty"], files["text"] = b"", b"x y flux\n1 2 3\n" * 99
+    files["hdf5"], files["pdf"] = b"\x89HDF\r\n\x1a\n" + bytes(2000), b"%PDF-1.7\n" + bytes(999)
+    files["png"] = pillow_bytes(spots.astype("u1"), format="PNG")
+    files["gzip of nothing.gz"], files["gzip of text.gz"] = gzip.compress(b""), gzip.compress(b"a")
+    # Zeros without end, and a gigabyte of them in a strip of 4 kB.
+    files["bomb.fits.gz"] = gzip.compress(files["constant.fits"] + bytes(10**8))
+    strip = zlib.compress(bytes(10**9))
+    whole = tiff_bytes(spots.astype("u1"), compression="zlib", rowsperstrip=40)
+    bomb = patched_tiff(whole + strip, "StripOffsets", len(whole))
+    files["bomb.tif"] = patched_tiff(bomb, "StripByteCounts", len(strip))
+    return files
+
+
+KERNELS = {
+    "default": "1 2 1\n2 4 2\n1 2 1\n",
+    "conv": "CONV NORM\n# \xe9\n1 2 1\n2 4 2\n1 2 1\n",
+    "one": "1\n",
+    "wide": "1 " * 101,
+    "nan": "1 nan 1\n",
+    "negative": "-1 0 1\n",
+    "zero": "0 0 0\n",
+    "even": "1 2\n2 1\n",
+    "ragged": "1 2 3\n1 2\n",
+    "large": "1e39 1 1\n",
+    "complex": "1+2j 1 1\n",
+    "words": "one two three\n",
+    "title alone": "CONV NORM\n",
+    "nothing": "",
+    "nulls": "1 \0 1\n",
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Ways to spoil them
+# ---------------------------------------------------------------------------------------------
+
+
+def cut_short(content, rng):
+    return content[: rng.choice((rng.randrange(len(content)), rng.randrange(3000)))]
+
+
+def flip_bytes(content, rng):
+    spoilt = bytearray(content)
+    last = rng.choice((len(spoilt), min(len(spoilt), 2880), min(len(spoilt), 400)))
+    for _ in range(rng.choice((1, 1, 3, 10, 100))):
+        spoilt[rng.randrange(last)] = rng.choice((0, 255, rng.randrange(256)))
+    return bytes(spoilt)
+
+
+def move_blocks(content, rng):
+    """Return the content with a piece of it removed, repeated, or put elsewhere."""
+    unit = rng.choice((1, 80, 2880))
+    first, last, place = sorted(rng.randrange(len(content) + 1) // unit * unit for _ in range(3))
+    piece = content[first:last]
+    without = content[:first] + content[last:]
+    return rng.choice((without, content[:place] + piece + content[place:], without + piece))
+
+
+LIES = (
+    *("0", "-1", "1", "2", "3", "7", "8", "16", "-32", "999", "1000", "100000", "1000000000"),
+    *("2147483647", "-2147483648", "4294967296", "9223372036854775807", "99999999999999999999"),
+    *("1.5", "1E400", "-1E-400", "NaN", "Inf", "T", "F", "''", "'text'", "(1, 2)", ""),
+    *("'RA---TAN'", "'RICE_1'", "'1PB(9999999999)'", "'999999999D'", "'IMAGE'", "'BINTABLE'"),
+    "'Jy/beam'",
+)
+KEYS = (
+    *("BITPIX", "NAXIS", "NAXIS1", "NAXIS2", "NAXIS3", "PCOUNT", "GCOUNT", "TFIELDS", "BLANK"),
+    *("BSCALE", "BZERO", "EXTEND", "EXTNAME", "EXTVER", "XTENSION", "CTYPE1", "CRVAL1", "CDELT1"),
+    *("CD1_1", "CRPIX2", "ZIMAGE", "ZBITPIX", "ZNAXIS", "ZNAXIS1", "ZTILE1", "ZTILE2", "ZCMPTYPE"),
+    *("ZVAL1", "ZBLANK", "ZQUANTIZ", "TFORM1", "THEAP", "WCSAXES", "A_ORDER", "SATURATE", "BUNIT"),
+    *("GROUPS", "DATASUM", "CHECKSUM", "END", "SIMPLE", "HISTORY", "CONTINUE", "LATPOLE"),
+    "EQUINOX",
+)
+
+
+def lie_in_header(content, rng):
+    """Change, add or repeat cards of any header of a FITS file."""
+    spoilt = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        card = re.compile(rb"[A-Z0-9_-]{1,8} *=? ").match
+        cards = [at for at in range(0, len(spoilt) - 79, 80) if card(spoilt, at)]
+        key, lie = rng.choice(KEYS), rng.choice(LIES)
+        own = [at for at in cards if bytes(spoilt[at : at + 8]).decode("latin-1").strip() == key]
+        at = rng.choice(own or cards or [0])
+        if rng.random() < 0.3:
+            key = bytes(spoilt[at : at + 8]).decode("latin-1").strip()
+        line = f"{key:8}= {lie:>20}".encode()
+        spoilt[at : at + 80] = f"{line[:80].decode('latin-1'):80}".encode("latin-1")
+    if rng.random() < 0.05:
+        line, count = rng.choice((b"CONTINUE  'a&'", b"HISTORY a", b"")), rng.choice((100, 10**5))
+        spoilt[80:80] = line.ljust(80) * (count // 36 * 36)
+    return bytes(spoilt)
+
+
+def entries(content):
+    """Return the byte order of a classic TIFF, its first directory's place, and its entries'."""
+    order = "<" if content[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(order + "I", content, 4)
+    (count,) = struct.unpack_from(order + "H", content, start)
+    return order, start, [start + 2 + 12 * i for i in range(count)]
+
+
+def lie_in_directory(content, rng):
+    """Change types, counts and values of tags of a TIFF, or let a directory lead to itself."""
+    try:
+        order, start, places = entries(content)
+    except struct.error:
+        return flip_bytes(content, rng)
+    spoilt = bytearray(content)
+    numbers = (0, 1, 2, 3, 17, 255, 32773, 65535, 10**8, 2**31, 2**32 - 1, start, len(content) - 4)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at, what = rng.choice(places), rng.randrange(6)
+        if what == 0:
+            struct.pack_into(
+                order + "H", spoilt, at, rng.choice((256, 257, 258, 259, 262, 273, 277))
+            )
+        elif what == 1:
+            struct.pack_into(order + "H", spoilt, at + 2, rng.randrange(20))
+        elif what == 2:
+            struct.pack_into(order + "I", spoilt, at + 4, rng.choice(numbers))
+        elif what == 3 and places[-1] + 16 <= len(spoilt):
+            struct.pack_into(order + "I", spoilt, places[-1] + 12, rng.choice(numbers))
+        else:
+            struct.pack_into(order + "I", spoilt, at + 8, rng.choice(numbers))
+    return bytes(spoilt)
+
+
+def corpus():
+    """Return all files, by their family and name."""
+    makers = {"FITS": corpus_of_fits, "TIFF": corpus_of_tiff, "oddity": corpus_of_oddities}
+    return {(kind, name): file for kind, make in makers.items() for name, file in make().items()}
+
+
+def spoilt(family, name, content, rng):
+    """Return how a file is spoilt, if it is, and what becomes of it."""
+    if family == "oddity" or rng.random() > 0.93:
+        return "whole", content
+    lie = lie_in_header if family == "FITS" else lie_in_directory
+    spoil = rng.choice((cut_short, flip_bytes, move_blocks, lie, lie, lie))
+    packing = {"gz": gzip, "bz2": bz2}.get(name.rpartition(".")[2])
+    if packing and rng.random() < 0.5:
+        return spoil.__name__, packing.compress(spoil(packing.decompress(content), rng))
+    return spoil.__name__, spoil(content, rng)
