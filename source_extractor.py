@@ -53,6 +53,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count, groupby, islice
 from multiprocessing.connection import wait
+from operator import index as whole
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -346,6 +347,8 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
 def choose_plane(stack, plane, lone_serves_all):
     """Return the number of the plane to cut, once it is known to exist and to fit in memory."""
     name = stack.origin.name
+    if 0 in stack.shape:
+        raise InputError(f"{name}: no pixels; get the file again")
     rows, columns = (stack.shape[axis] for axis in stack.image_axes)
     count = math.prod(stack.shape) // (rows * columns)
     if count == 1 and (plane is None or lone_serves_all):
@@ -382,7 +385,8 @@ def open_fits(path, hdu):
                 number = hdus.index_of(chosen)
                 if value_of(chosen.header, "BZERO") == 2**63:  # else rounded to multiples of 1024
                     chosen = fits.open(file, memmap=False, uint=True)[number]
-                header, shape = chosen.header, chosen.shape
+                header, shape = chosen.header, tuple(map(whole, chosen.shape))
+                dtype = fits.BITPIX2DTYPE[header["BITPIX"]]
                 chosen.section[(0,) * len(shape)]  # what can't be scaled fails here
         except InputError:
             require_scaling(path, file)
@@ -415,7 +419,7 @@ def open_fits(path, hdu):
         unit, saturation = value_of(header, "BUNIT"), number_of(header, "SATURATE")
         origin = Origin(
             name=f"{path.name}[{number}]" + (f" {chosen.name}" if chosen.name else ""),
-            dtype=fits.BITPIX2DTYPE[header["BITPIX"]],
+            dtype=dtype,
             hdu=number,
             wcs=wcs,
             unit=str(unit) if unit else None,

@@ -1,16 +1,20 @@
 """All or nothing: whatever stops a run, no new product stays, and no old one goes."""
 
+import errno
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from astropy.io import fits
 
-from common import SCRIPT, all_nine, call, tree
+from common import SCRIPT, all_nine, call, extract, tree
 from contract import NINE, ONE_ERROR, one_line
 from sky import blobs
 
@@ -72,14 +76,54 @@ def test_a_failing_run_leaves_everything_as_it_was(
     assert tree(tmp_path) == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_permission_costs_one_line(run, write, stars, tmp_path):
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o555)
-    result = run(write(stars), "--catalog", locked / "catalog.tsv")
-    assert result.code == 1
-    assert re.fullmatch(one_line("error", ".*locked.*"), result.err)
-    assert not result.directory.exists() or not tree(result.directory)
+@contextmanager
+def no_root():
+    """Give up the right of root to write anywhere."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_directory_without_permission_costs_one_line(stars, capsys):
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        fits.PrimaryHDU(stars).writeto(place / "image.fits")
+        (place / "locked").mkdir(mode=0o555)
+        (place / "open").mkdir()
+        for path in (place, place / "open"):
+            path.chmod(0o777)
+        before = tree(place)
+        with no_root():
+            code = call(
+                place / "image.fits", "-o", place / "open", "--catalog", place / "locked" / "x"
+            )
+        assert code == 1
+        assert re.fullmatch(one_line("error", ".*locked.*"), capsys.readouterr().err)
+        assert tree(place) == before
+
+
+def test_a_product_that_can_not_be_put_in_place_takes_the_others_back(
+    write, stars, old, capsys, monkeypatch
+):
+    image = write(stars)
+    for name in ("rms.fits", "catalog.tsv"):
+        (old / name).unlink()
+    before, put = tree(old), os.replace
+
+    def refuse(source, target):
+        if str(target).endswith("sources.reg"):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        put(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert call(image, *all_nine(old)) == 1
+    assert re.fullmatch(
+        one_line("error", r".*sources\.reg: can't be written.*"), capsys.readouterr().err
+    )
+    assert tree(old) == before
 
 
 SLOW = """
@@ -172,6 +216,22 @@ def test_a_kill_while_products_are_put_in_place_leaves_all_old_or_all_new(
     assert after.keys() == before.keys()
     replaced = [name for name in before if after[name] != before[name]]
     assert len(replaced) in (0, len(before))
+
+
+def test_sigkill_leaves_one_hidden_directory_which_is_in_nobodys_way(write, stars, old, tmp_path):
+    image = write(stars)
+    before = tree(tmp_path)
+    command = [sys.executable, "-c", SLOW, image, "-q", *all_nine(old)]
+    with subprocess.Popen(command, cwd=SCRIPT.parent, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.kill()
+    hidden = [path for path in old.iterdir() if path.name.startswith(".")]
+    assert len(hidden) == 1
+    assert {name: tree(tmp_path)[name] for name in before} == before
+    extract(image, *all_nine(old))
+    assert {path for path in old.iterdir() if path.name.startswith(".")} == set(hidden)
+    assert tree(old).keys() - tree(hidden[0]).keys() >= set(NINE)
+    assert not any(content.startswith(b"old") for content in tree(old).values())
 
 
 @contextmanager

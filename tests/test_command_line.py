@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import pkgutil
 import re
@@ -201,6 +202,54 @@ def is_number(text):
 )
 def test_any_text_that_is_no_number_is_refused_in_one_line(option, text):
     assert_refused(option, *words(option, text))
+
+
+ACTIONS = [
+    action
+    for action in source_extractor.build_parser()._actions
+    if action.dest not in ("help", "version", "image")
+]
+NUMBERS = st.one_of(st.integers(), st.floats()).map(str)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
+
+
+@st.composite
+def any_option(draw):
+    """Draw an option with as many values as it takes, or one more: numbers, choices and text."""
+    action = draw(st.sampled_from(ACTIONS))
+    values = NUMBERS | TEXTS
+    if action.choices:
+        values |= st.sampled_from([str(choice) for choice in action.choices])
+    few = {0: 0, 4: 4, "+": 2, None: 1}[action.nargs]
+    sizes = {"min_size": few, "max_size": draw(st.sampled_from([few, few, few + 1]))}
+    return [draw(st.sampled_from(action.option_strings)), *draw(st.lists(values, **sizes))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(options=st.lists(any_option(), max_size=6))
+def test_whatever_the_options_one_line_tells_what_is_wrong(options):
+    code, _, err = tell("no such image.fits", *itertools.chain(*options))
+    assert code in (0, 1, 2)  # 0: --help may be among the text
+    if code:
+        assert re.fullmatch(ONE_ERROR, err)
+        assert "a fault of the tool" not in err
+        assert len(err) < 1200
+
+
+@pytest.mark.parametrize("option", sorted(BOUNDS))
+def test_a_number_of_five_thousand_digits_costs_a_short_line(option):
+    for value in ("9" * 5000, "0." + "9" * 5000):
+        code, _, err = tell("no such image.fits", *words(option, value))
+        assert code in (1, 2)
+        assert re.fullmatch(ONE_ERROR, err)
+        assert len(err) < 1200
+
+
+@pytest.mark.parametrize("value", ["\u0663", "\uff13"])
+@pytest.mark.parametrize("option", ["--thresh", "--minarea", "--zeropoint"])
+def test_digits_of_other_scripts_are_digits(option, value):
+    args = source_extractor.build_parser().parse_args(["image.fits", option, value])
+    assert getattr(args, option[2:]) == 3
 
 
 @pytest.mark.parametrize("option", ["--maskthresh", "--zeropoint"])

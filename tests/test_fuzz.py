@@ -1,5 +1,9 @@
-"""Some of the cases that tools/fuzz.py makes without end, and what it has found."""
+"""Some of the cases that tools/fuzz.py makes without end, and what was found on the way."""
 
+import bz2
+import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -7,24 +11,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import SCRIPT
+from common import SCRIPT, start
+from contract import one_line
+from files import patched_tiff, tiff_bytes
 
 FUZZ = Path(__file__).parent / "tools" / "fuzz.py"
 
 
-@pytest.mark.parametrize("seed", [100, 101])
-def test_odd_and_damaged_files_end_in_good_order(tmp_path, seed):
-    command = [sys.executable, FUZZ, "--seed", str(seed), "--cases", "75", "--seconds", "600"]
+@pytest.mark.parametrize(
+    ("kind", "seed", "cases"),
+    [("files", 100, 75), ("files", 101, 75), ("options", 100, 150), ("faults", 100, 20)],
+)
+def test_whatever_comes_ends_in_good_order(tmp_path, kind, seed, cases):
+    command = [sys.executable, FUZZ, kind, "--seed", seed, "--cases", cases, "--seconds", 600]
     done = subprocess.run(
-        [*command, "--keep", tmp_path / "failures"],
+        [*map(str, command), "--keep", tmp_path / "failures"],
         cwd=SCRIPT.parent,
-        env={"PYTHONPATH": str(SCRIPT.parent), "PATH": "", "HOME": str(tmp_path)},
+        env={"PYTHONPATH": str(SCRIPT.parent), "PATH": os.defpath, "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "75 cases, 0 failed" in done.stdout
+    assert f"{cases} cases, 0 failed" in done.stdout
+
+
+def with_cards(path, *cards):
+    """Put cards before the first NAXIS of a FITS file."""
+    content = path.read_bytes()
+    header = content[:2880].rstrip().replace(b"NAXIS   =", b"".join(cards) + b"NAXIS   =", 1)
+    path.write_bytes(header.ljust(len(header) + -len(header) % 2880) + content[2880:])
+    return path
 
 
 @pytest.mark.parametrize(
@@ -35,11 +52,79 @@ def test_odd_and_damaged_files_end_in_good_order(tmp_path, seed):
     ],
 )
 def test_a_header_that_cannot_be_true_is_refused(run, write, stars, key, value):
-    path = write(stars)
-    content = path.read_bytes()
-    card = f"{key:8}= {value:20}".ljust(80).encode()
-    path.write_bytes(content.replace(b"NAXIS   =", card + b"NAXIS   =", 1)[:2880] + content[2880:])
+    path = with_cards(write(stars), f"{key:8}= {value:20}".ljust(80).encode())
     run(path).assert_refused(path, f"{key} of HDU 0 can't be {value}")
+
+
+def test_a_value_that_goes_on_and_on_is_refused(run, write, stars):
+    ctype, more = b"CTYPE1  = 'RA---TAN&'".ljust(80), b"CONTINUE  'a&'".ljust(80)
+    path = with_cards(write(stars), ctype, *[more] * 10_000)
+    run(path).assert_refused(path, "header 0 goes on over more than 1000 cards")
+
+
+def test_a_header_without_an_end_is_refused(run, write, stars):
+    path = write(stars)
+    path.write_bytes(path.read_bytes()[:320].ljust(30_000_000))
+    run(path).assert_refused(path, "header 0 has no end")
+
+
+def test_a_size_beyond_all_numbers_is_refused(run, write, stars):
+    path = with_cards(write(stars), *[f"NAXIS{n}  = {2**62:20}".ljust(80).encode() for n in (1, 2)])
+    path.write_bytes(path.read_bytes().replace(b"NAXIS1  =                  160", b" " * 30))
+    path.write_bytes(path.read_bytes().replace(b"NAXIS2  =                  120", b" " * 30))
+    run(path).assert_refused(path, "HDU 0 can't have")
+
+
+def test_a_packed_file_is_unpacked_only_as_far_as_its_headers_tell(run, write, stars, tmp_path):
+    whole = write(stars).read_bytes()
+    path = tmp_path / "bomb.fits.bz2"
+    path.write_bytes(bz2.compress(whole + bytes(10**8)))
+    run(path).assert_refused(path, f"goes on beyond the {len(whole)} bytes")
+
+
+@pytest.mark.parametrize("role", [(), ("--filter-case", "file", "--filter-file")])
+def test_what_is_no_file_is_not_waited_for(run, write, stars, tmp_path, role):
+    os.mkfifo(tmp_path / "pipe")
+    arguments = (write(stars), *role) if role else ()
+    run(*arguments, tmp_path / "pipe").assert_refused("pipe: a directory, pipe or device")
+
+
+def test_a_kernel_file_without_end_is_not_read_to_its_end(run, write, stars, tmp_path):
+    with open(tmp_path / "kernel", "wb") as file:
+        file.truncate(10**11)
+    result = run(write(stars), "--filter-case", "file", "--filter-file", tmp_path / "kernel")
+    result.assert_refused("kernel", "no kernel")
+
+
+@pytest.mark.parametrize("megabytes", [100, 300, 500])
+def test_a_limit_of_memory_costs_one_line(write, tmp_path, megabytes):
+    image = write(np.random.default_rng(0).normal(size=(4000, 4000)).astype(np.float32))
+    limit = 2 * [megabytes * 10**6]
+    done = start(
+        image,
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(one_line("error", ".*memory.*"), done.stderr)
+    assert list(tmp_path.iterdir()) == [image]
+
+
+@pytest.mark.parametrize(("key", "value"), [("NAXIS1", "1.5"), ("NAXIS2", "T"), ("BITPIX", "")])
+def test_a_size_that_is_no_whole_number_is_refused(run, write, stars, key, value):
+    path = with_cards(write(stars))
+    text = re.sub(
+        f"{key:8}= +-?\\d+".encode(), f"{key:8}= {value}".encode(), path.read_bytes(), count=1
+    )
+    path.write_bytes(text[:2880].ljust(2880) + path.read_bytes()[2880:])
+    run(path).assert_refused(path)
+
+
+@pytest.mark.parametrize("tag", ["ImageWidth", "ImageLength"])
+def test_a_tiff_without_pixels_is_refused(run, write, stars, tmp_path, tag):
+    path = tmp_path / "image.tif"
+    path.write_bytes(patched_tiff(tiff_bytes(stars, compression="zlib"), tag, 0))
+    run(write(stars), "--measure-image", path).assert_refused(path)
 
 
 def test_values_at_both_ends_of_float64_are_taken(run, write):

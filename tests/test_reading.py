@@ -13,7 +13,8 @@ from astropy.io import fits
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from common import start
+import source_extractor
+from common import call, start
 from contract import one_line
 from files import patched_tiff, pillow_bytes, tiff_bytes
 from source_extractor import InputError, read_image
@@ -802,3 +803,12 @@ def test_a_card_that_scales_pixels_and_cannot_be_read_is_named(run, put, card, v
 
 def test_what_compress_packed_is_told_the_cure(run, put):
     run(put(b"\x1f\x9d\x90" + bytes(100))).assert_refused(NAME, "compress (.Z)", "gzip -d")
+
+
+@pytest.mark.parametrize("name", ["image.fits", "image.tif"])
+def test_a_fault_of_the_tool_is_not_called_damage(tmp_path, stars, monkeypatch, capsys, name):
+    fits.PrimaryHDU(stars).writeto(tmp_path / "image.fits")
+    tifffile.imwrite(tmp_path / "image.tif", stars)
+    monkeypatch.setattr(source_extractor, "product_told", lambda _: {}["no such"])
+    assert call(tmp_path / name, "-o", tmp_path) == 1
+    assert "a fault of the tool (KeyError: 'no such')" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from astropy.io import fits
 
 from common import SHAPE, extract
 from contract import one_line
+from files import patched_tiff
 from sky import blobs
 
 # ---------------------------------------------------------------------------------------------
@@ -199,3 +200,32 @@ def test_less_than_a_twentieth_masked_costs_none(run, write, boxes, warned):
     result = run(write(image), "--mask-box", 0, boxes * BOX - 1, 0, BOX - 1, *MESH)
     assert result.code == 0
     assert len(NOISIER.findall(result.err)) == warned
+
+
+def test_what_a_library_remarks_on_a_file_is_one_warning(run, tmp_path, stars):
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, stars, metadata=None)
+    path.write_bytes(patched_tiff(path.read_bytes(), "ResolutionUnit", 77))
+    result = run(path)
+    assert result.code == 0
+    told = r"image\.tif: read, but not as it should be: .*77 is not a valid RESUNIT.*"
+    assert re.fullmatch(one_line("warning", told), result.err)
+
+
+def with_card(path, card):
+    """Put a card in the place of that of the OBSERVER."""
+    content = path.read_bytes()
+    at = content.index(b"OBSERVER")
+    path.write_bytes(content[:at] + card.ljust(80) + content[at + 80 :])
+    return path
+
+
+def test_a_blank_that_is_no_number_is_told(run, write, stars):
+    path = with_card(write(stars.astype(np.int16), OBSERVER="BO"), b"BLANK   = '12'")
+    assert re.search(one_line("warning", r"image\.fits.*BLANK.*"), run(path).err)
+
+
+@pytest.mark.parametrize("card", [b"OBSERVER= 'B\xe9'", b"BLANK   =                    0"])
+def test_what_changes_no_pixel_is_not_told(run, write, stars, card):
+    result = run(with_card(write(stars, OBSERVER="BO"), card))
+    assert (result.code, result.err) == (0, "")
