@@ -666,17 +666,22 @@ def open_tiff(path, hdu):
         with reading(path, "TIFF"):
             axes, shape, page = series.axes, series.shape, series.keyframe
             image_axes = [axes.index("Y"), axes.index("X")]
-            pages = list(series.pages)
-            one_page_a_plane = axes.endswith("YX") and len(pages) == math.prod(shape[:-2])
+            one_page_a_plane = axes.endswith("YX") and len(series.pages) == math.prod(shape[:-2])
+            # ImageJ's are tables of colours to look at intensities with.
+            colours = None if tiff.is_imagej else page.photometric
+            white = colours == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
+            palette = colours == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None
+            numbered = palette and bool((np.diff(page.colormap.astype(int)) < 0).any())
+            black, description = (1 << page.bitspersample) - 1 if white else None, page.description
 
         def cut(plane):
-            needed = [pages[plane]] if one_page_a_plane else pages
-            if None in needed:
-                text = f"plane {plane} is in another file of its set; give that one as the image"
-                raise InputError(f"{path.name}: {text}")
             with reading(path, "TIFF"):
+                pages = [series.pages[plane]] if one_page_a_plane else list(series.pages)
+                if None in pages:
+                    text = f"plane {plane} is in another file of its set; give that one instead"
+                    raise InputError(f"{path.name}: {text}")
                 if one_page_a_plane and not series.is_truncated:
-                    return needed[0].asarray()
+                    return pages[0].asarray()
                 place = series.dataoffset
                 if place is None:
                     pixels = series.asarray()
@@ -686,17 +691,13 @@ def open_tiff(path, hdu):
                 planes = np.moveaxis(pixels, image_axes, (-2, -1))
             return planes[np.unravel_index(plane, planes.shape[:-2])]
 
-        # ImageJ's are tables of colours to look at intensities with.
-        colours = None if tiff.is_imagej else page.photometric
-        white = colours == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
-        palette = colours == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None
         origin = Origin(
             name=f"{path.name}[{number}]" if last else path.name,
             dtype=series.dtype.name,
             hdu=number if last else None,
-            black=(1 << page.bitspersample) - 1 if white else None,
-            palette=palette and bool((np.diff(page.colormap.astype(int)) < 0).any()),
-            product=product_told(page.description),
+            black=black,
+            palette=numbered,
+            product=product_told(description),
         )
         yield Stack(origin, list(axes), shape, image_axes, cut)
 
@@ -2637,7 +2638,7 @@ def draw_overview(part, result):
 
 
 class Part(NamedTuple):
-    """A product on its way: where it is made, where it shall be, and what was there is kept."""
+    """A product on its way: where it is made, where to put it, and to keep what that replaces."""
 
     path: Path
     target: Path
@@ -2740,21 +2741,22 @@ def staged(targets):
 
 def put_in_place(parts):
     """Put all parts in place; if one can't be, put back what was there, which links keep."""
+    fresh = [part for part in parts if not os.path.lexists(part.target)]
+    for part in parts:
+        with suppress(OSError):  # nothing is there, or it is a file system without links
+            os.link(part.target, part.kept, follow_symlinks=False)
     placed = []
     try:
         for part in parts:
-            was_there = os.path.lexists(part.target)
             with part.writing() as path:
-                with suppress(OSError):  # not every file system has links
-                    os.link(part.target, part.kept, follow_symlinks=False)
                 path.replace(part.target)
-            placed.append((part, was_there))
+            placed.append(part)
     except InputError:
-        for part, was_there in placed:
-            if os.path.lexists(part.kept):
-                part.kept.replace(part.target)
-            elif not was_there:
+        for part in placed:
+            if part in fresh:
                 part.target.unlink()
+            elif os.path.lexists(part.kept):
+                part.kept.replace(part.target)
         raise
 
 

@@ -330,11 +330,13 @@ def run(arguments, directory, limits=None, stop=None):
     files beside the products.
     """
     start = time.monotonic()
-    child = os.fork()
+    with open(directory / "stdout", "wb") as out, open(directory / "stderr", "wb") as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
     if not child:
         os.chdir(directory)
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for limit, value in ({resource.RLIMIT_AS: 8 * BYTES} | (limits or {})).items():
             resource.setrlimit(limit, (value, value))
