@@ -1413,6 +1413,22 @@ def share(jobs, threads):
             process.join()
 
 
+def outlive(job):
+    """Do a job in a process of its own, which ends it even if this one is killed."""
+    try:
+        process, connection = hire([job], {})
+    except OSError:  # none can be had
+        return job()
+    with together():
+        connection.send(0)
+        result = connection.recv()[0]
+    connection.close()
+    process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
 @contextmanager
 def together():
     """Tell as an `InputError` that a process is gone that shared the work, or could not start."""
@@ -2732,7 +2748,7 @@ def staged(targets):
                 path.touch(exist_ok=False)
         yield parts
         with stopping_by(signal.SIG_IGN):
-            put_in_place(parts.values())
+            outlive(partial(put_in_place, list(parts.values())))
     finally:
         with stopping_by(signal.SIG_IGN):
             for part in parts.values():

@@ -292,6 +292,8 @@ def run_with_fault(case, rng, directory):
             (products / name).write_bytes(content)
         stop = case.stop and (case.stop, rng.uniform(0, 1.05) * seconds)
         end = run(case.arguments, directory, case.limits, stop)
+        if case.stop == signal.SIGKILL:
+            time.sleep(0.2)  # what puts the products in place goes on
         stages = STAGE.findall((directory / "stdout").read_text())
         kind = f"{case.kind} after {stages[-1] if stages else 'nothing'}"
         now = tree(products)
