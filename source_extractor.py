@@ -3295,11 +3295,20 @@ def start_logging(args):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
-def stop(signum, _frame):
+def stop(signum, *_):
     """End in good order when told to, however often, so that no half product stays behind."""
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + signum)
+
+
+def stop_later(unraisable):
+    """Have it end soon if it was told to where nothing can be raised, as in a weak reference."""
+    if isinstance(unraisable.exc_value, SystemExit):
+        signal.signal(signal.SIGALRM, partial(stop, unraisable.exc_value.code - 128))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def main(argv=None):
@@ -3338,6 +3347,7 @@ def command():
     That would take a tenth of a second. Nor is what is loaded by now searched for garbage.
     """
     gc.freeze()
+    sys.unraisablehook = stop_later
     code = main()
     atexit._run_exitfuncs()  # matplotlib's removes a directory that it has where HOME is read-only
     for stream in (sys.stdout, sys.stderr):

@@ -190,6 +190,37 @@ def test_more_kills_while_it_clears_up_leave_nothing(write, stars, tmp_path):
     assert tree(tmp_path) == before
 
 
+KILLED_IN_A_CALLBACK = """
+import os, signal, sys, weakref
+import source_extractor
+
+class Thing:
+    pass
+
+def with_a_callback(function):
+    def call(*args, **kwargs):
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        del thing
+        return function(*args, **kwargs)
+    return call
+
+source_extractor.build_field = with_a_callback(source_extractor.build_field)
+source_extractor.command()
+"""
+
+
+def test_a_kill_where_nothing_can_be_raised_is_not_lost(write, stars, tmp_path):
+    image = write(stars)
+    before = tree(tmp_path)
+    command = [sys.executable, "-c", KILLED_IN_A_CALLBACK, image, "-q", *all_nine(tmp_path)]
+    done = subprocess.run(
+        command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert tree(tmp_path) == before
+
+
 KILLED_WHILE_PUTTING_IN_PLACE = """
 import os, signal, sys
 import source_extractor

@@ -275,8 +275,7 @@ def disk(directory, size):
 @cache
 def unharmed(arguments, image):
     """Return the products of a run without a fault, and its seconds."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
+    with scratch() as directory:
         (directory / arguments[0]).write_bytes(image)
         seconds = run(arguments, directory).seconds
         return tree(directory / "products"), seconds
@@ -316,6 +315,16 @@ def run_with_fault(case, rng, directory):
 # ---------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def scratch():
+    """Give a directory, and remove it, which is not left to the ends of forked processes."""
+    directory = Path(tempfile.mkdtemp())
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def tree(directory):
     """Return the content of each file below a directory, by relative path."""
     found = {}
@@ -339,24 +348,21 @@ def run(arguments, directory, limits=None, stop=None):
             os.dup2(err.fileno(), 2)
     if not child:
         os.chdir(directory)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for limit, value in ({resource.RLIMIT_AS: 8 * BYTES} | (limits or {})).items():
             resource.setrlimit(limit, (value, value))
-        code = 99
+        sys.argv[1:], code = arguments, 99
         try:
-            code = source_extractor.main(arguments)
+            source_extractor.command()
         except SystemExit as end:
             code = end.code
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        with contextlib.suppress(OSError):
-            Path("peak").write_text(str(1024 * peak))
-        os._exit(code or 0)
+        os._exit(code)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, used = os.wait4(child, os.WNOHANG)
         seconds = time.monotonic() - start
         if done:
             break
@@ -368,8 +374,7 @@ def run(arguments, directory, limits=None, stop=None):
             os.waitpid(child, 0)
             return End("hang", seconds, 0)
         time.sleep(0.002)
-    peak = directory / "peak"
-    peak = int(peak.read_text() or 0) if peak.exists() else 0
+    peak = 1024 * (used.ru_maxrss - before)
     if os.WIFSIGNALED(status):
         return End(f"signal {os.WTERMSIG(status)}", seconds, peak)
     return End(os.WEXITSTATUS(status), seconds, peak)
@@ -408,7 +413,7 @@ def is_sound(product, path):
 
 def fault_of_products(end, case, before, directory):
     """Return what is wrong with what a run has left, or None."""
-    own = {"stdout", "stderr", "peak"}
+    own = {"stdout", "stderr"}
     after = {name: content for name, content in tree(directory).items() if name not in own}
     changed = {name for name in after.keys() | before if after.get(name) != before.get(name)}
     informs = {"--help", "-h", "--version"} & set(case.arguments)
@@ -454,8 +459,8 @@ def main():
     for number in range(args.first, args.first + args.cases):
         if time.monotonic() > end:
             break
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-            directory, kind = Path(name), kinds[number % len(kinds)]
+        with scratch() as directory:
+            kind = kinds[number % len(kinds)]
             make, judge = KINDS[kind]
             rng = random.Random(f"{kind} {args.seed} {number}")
             case = make(files, rng, directory)
