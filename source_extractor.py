@@ -39,7 +39,6 @@ import os
 import re
 import resource
 import secrets
-import shutil
 import signal
 import stat
 import sys
@@ -66,6 +65,7 @@ if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < LEAST_MEMORY:
     sys.exit(f"{PROG}: error: less than {LEAST_MEMORY} bytes of memory allowed; see ulimit -v")
 # Else each core takes 40 MB of that for products of large matrices, of which there are none here.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["MPLBACKEND"] = "agg"
 
 import numpy as np
 import sep
@@ -208,6 +208,9 @@ COMPRESS_MAGIC = b"\x1f\x9d"
 # What astropy remarks on that changes no pixel.
 COSMETIC = re.compile("non-ASCII characters|trailing END keyword|only applicable to integer data")
 
+# The last card of a FITS header, which some fill with other bytes than blanks.
+END = re.compile(rb"END(?![A-Z0-9_-])")
+
 # A card that says how large a FITS HDU is.
 SIZE = re.compile(rb"(BITPIX|NAXIS\d*|PCOUNT|GCOUNT|TFIELDS|ZNAXIS\d*|ZTILE\d+) *= *([+-]?\d+)")
 
@@ -257,14 +260,14 @@ def first_bytes(path, size):
         with open(path, "rb") as file:
             return file.read(size)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {error.strerror or error}") from error
 
 
 @contextmanager
 def reading(path, kind):
     """Turn whatever a damaged file makes a library raise into an `InputError`, remarks a warning.
 
-    Only calls of libraries belong into it, or else faults of the tool would be called damage.
+    Little but calls of libraries belongs into it: our own faults would be called damage.
     """
     try:
         with remarks_of_libraries() as remarks:
@@ -334,21 +337,28 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
         raise InputError(f"{path.name}: packed by compress (.Z); unpack it first (gzip -d)")
     else:
         raise InputError(f"{path.name}: neither a FITS nor a TIFF file; convert it to one of them")
-    with opened(path, hdu) as stack:
-        pixels = stack.cut(choose_plane(stack, plane, lone_serves_all))
-        if pixels.dtype.kind not in "biuf":
-            raise InputError(f"{stack.origin.name}: {pixels.dtype} pixels are not real numbers")
-        shape = [stack.shape[axis] for axis in stack.image_axes]
-        if pixels.size != math.prod(shape):
-            raise InputError(f"{stack.origin.name}: not all pixels are there; get the file again")
-        return stack.origin, pixels.reshape(shape)
+    try:
+        with opened(path, hdu) as stack:
+            pixels = stack.cut(choose_plane(stack, plane, lone_serves_all))
+            if pixels.dtype.kind not in "biuf":
+                raise InputError(f"{stack.origin.name}: {pixels.dtype} pixels are not real numbers")
+            shape = [stack.shape[axis] for axis in stack.image_axes]
+            if pixels.size != math.prod(shape):
+                raise InputError(
+                    f"{stack.origin.name}: not all pixels are there; get the file again"
+                )
+            return stack.origin, pixels.reshape(shape)
+    except OSError as error:  # of the file itself, not of what a library makes of it
+        raise InputError(f"{path}: {error.strerror}") from error
 
 
 def choose_plane(stack, plane, lone_serves_all):
     """Return the number of the plane to cut, once it is known to exist and to fit in memory."""
     name = stack.origin.name
-    if 0 in stack.shape:
-        raise InputError(f"{name}: no pixels; get the file again")
+    if not 0 < math.prod(stack.shape) < 2**62:
+        raise InputError(
+            f"{name}: no image has {math.prod(stack.shape)} pixels; get the file again"
+        )
     rows, columns = (stack.shape[axis] for axis in stack.image_axes)
     count = math.prod(stack.shape) // (rows * columns)
     if count == 1 and (plane is None or lone_serves_all):
@@ -382,7 +392,7 @@ def open_fits(path, hdu):
                 # uint=False: else astropy ignores BLANK in unsigned integers.
                 hdus = fits.open(file, memmap=False, uint=False)
                 chosen = find_hdu(path, hdus, hdu)
-                number = hdus.index_of(chosen)
+                number, name = hdus.index_of(chosen), chosen.name
                 if value_of(chosen.header, "BZERO") == 2**63:  # else rounded to multiples of 1024
                     chosen = fits.open(file, memmap=False, uint=True)[number]
                 header, shape = chosen.header, tuple(map(whole, chosen.shape))
@@ -418,7 +428,7 @@ def open_fits(path, hdu):
         wcs = celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]])
         unit, saturation = value_of(header, "BUNIT"), number_of(header, "SATURATE")
         origin = Origin(
-            name=f"{path.name}[{number}]" + (f" {chosen.name}" if chosen.name else ""),
+            name=f"{path.name}[{number}]" + (f" {name}" if name else ""),
             dtype=dtype,
             hdu=number,
             wcs=wcs,
@@ -455,13 +465,12 @@ def unpacked(path):
 
 def unpack(path, packed, copy):
     """Unpack a FITS file; refuse what goes on and on after the data that its headers tell of."""
-
-    def pieces():
-        with reading(path, "FITS"):
-            yield from iter(partial(packed.read, UNPACKED_PIECE), b"")
-
     enough = 0
-    for piece in pieces():
+    while True:
+        with reading(path, "FITS"):
+            piece = packed.read(UNPACKED_PIECE)
+        if not piece:
+            return
         copy.write(piece)
         if copy.tell() > enough:
             told = max((end for _, end in headers(path, copy)), default=0)
@@ -483,9 +492,11 @@ def headers(path, file):
     for number in count():
         file.seek(end)
         sizes, cards = {"NAXIS": 0, "BITPIX": 8, "PCOUNT": 0, "GCOUNT": 1}, []
-        while b"END".ljust(80) not in cards[-36:]:
+        while not any(map(END.match, cards[-36:])):
             block = file.read(2880)
-            if len(block) < 2880 or not (cards or re.match(rb"[\x20-\x7e]{8}", block)):
+            if len(block) < 2880 or not (
+                cards or block.startswith(b"XTENSION" if number else b"S")
+            ):
                 return
             cards += [block[place : place + 80] for place in range(0, 2880, 80)]
             if len(cards) > MOST_CARDS:
@@ -868,7 +879,7 @@ def read_kernel(path):
     if len(content) > KERNEL_BYTES:
         raise InputError(f"{path.name}: {KERNEL_BYTES} bytes and more are no kernel")
     try:
-        lines = content.decode("latin-1").splitlines()
+        lines = content.decode(errors="replace").splitlines()
         if lines and lines[0].split()[:1] == ["CONV"]:
             lines = lines[1:]
         with warnings.catch_warnings(action="ignore"):
@@ -2726,54 +2737,73 @@ def write_product(name, part, result):
 def staged(targets):
     """Yield a `Part` for each target, by the name of its product; at the end, put all in place.
 
-    They are made in a hidden directory beside the target. If anything fails it goes, and nothing
-    else has changed. A target that can't be written is an `InputError` before anything is done.
+    They are made in a hidden directory beside the target. If anything fails it goes, as do the
+    directories that were made for the targets, and nothing else has changed. A target that can't
+    be written is an `InputError` before anything is done.
     """
-    token, parts = secrets.token_hex(4), {}
+    token, parts, made = secrets.token_hex(4), {}, []
     for name, target in targets.items():
         directory = target.parent / f".source_extractor-{token}"
         new, old = directory / "new" / target.name, directory / "old" / target.name
         parts[name] = Part(new, target, old)
+
+    def make(directory):
+        for place in reversed([directory, *directory.parents]):
+            if not place.exists():
+                made.append(place)
+                place.mkdir(exist_ok=True)
+
+    def clear():
+        for part in parts.values():
+            with suppress(OSError):
+                part.path.unlink()
+        for place in reversed(made):
+            with suppress(OSError):  # it holds something
+                place.rmdir()
+
     try:
         for part in parts.values():
             with part.writing():
-                part.target.parent.mkdir(parents=True, exist_ok=True)
+                make(part.target.parent)
         for name, part in parts.items():
             with part.writing() as path:
                 if part.target.is_dir():
                     text = f"a directory; choose another place for the {name}"
                     raise InputError(f"{part.target}: {text}")
-                for place in (path, part.kept):
-                    place.parent.mkdir(parents=True, exist_ok=True)
+                make(path.parent)
+                make(part.kept.parent)
                 path.touch(exist_ok=False)
         yield parts
         with stopping_by(signal.SIG_IGN):
             outlive(partial(put_in_place, list(parts.values())))
+            clear()
     finally:
         with stopping_by(signal.SIG_IGN):
-            for part in parts.values():
-                shutil.rmtree(part.path.parents[1], ignore_errors=True)
+            clear()
 
 
 def put_in_place(parts):
-    """Put all parts in place; if one can't be, put back what was there, which links keep."""
-    fresh = [part for part in parts if not os.path.lexists(part.target)]
+    """Put all parts in place; if one can't be, put back what was there, and was kept."""
     for part in parts:
         with suppress(OSError):  # nothing is there, or it is a file system without links
             os.link(part.target, part.kept, follow_symlinks=False)
-    placed = []
     try:
         for part in parts:
             with part.writing() as path:
+                if os.path.lexists(part.target) and not os.path.lexists(part.kept):
+                    part.target.replace(part.kept)
                 path.replace(part.target)
-            placed.append(part)
     except InputError:
-        for part in placed:
-            if part in fresh:
-                part.target.unlink()
-            elif os.path.lexists(part.kept):
-                part.kept.replace(part.target)
+        for part in parts:
+            with suppress(OSError):  # or else it stays where it is kept
+                if os.path.lexists(part.kept):
+                    part.kept.replace(part.target)
+                elif not os.path.lexists(part.path):
+                    part.target.unlink()
+                part.kept.unlink(missing_ok=True)
         raise
+    for part in parts:
+        part.kept.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -3036,6 +3066,8 @@ def run(args):
         measure_origin, measure_pixels = read_measure_image(*chosen, origin, pixels.shape)
     targets = product_paths(args)
     with staged(targets) as parts:  # first, so that a place that can't be written fails at once
+        if threads > 1:
+            import matplotlib  # noqa: F401  # or else what it makes for a read-only HOME would stay
         with about(origin.name):
             mask = build_mask(pixels, mask, noise, args.mask_box)
             values = report_image(origin, pixels, mask)
@@ -3295,10 +3327,14 @@ def start_logging(args):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
+signals_heeded = []
+
+
 def stop(signum, *_):
     """End in good order when told to, however often, so that no half product stays behind."""
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)
+    signals_heeded.append(signum)
     sys.exit(128 + signum)
 
 
@@ -3337,6 +3373,8 @@ def main(argv=None):
         problem = f"{args.image}: a fault of the tool ({reason}); report it with what -v tells"
     else:
         return 0
+    if signals_heeded:  # of which C code may have made another error
+        sys.exit(128 + signals_heeded.pop())
     print(f"{PROG}: error: {problem}", file=sys.stderr)
     return 1
 

@@ -76,11 +76,14 @@ def all_nine(directory):
 
 
 def tree(directory):
-    """Return the content of every file below a directory, hidden ones too, by relative path."""
+    """Return the content of all below a directory, hidden ones too, by relative path.
+
+    That is of files; directories have none, and count if they are hidden.
+    """
     return {
-        str(path.relative_to(directory)): path.read_bytes()
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b""
         for path in directory.rglob("*")
-        if path.is_file()
+        if path.is_file() or path.name.startswith(".")
     }
 
 

@@ -93,7 +93,7 @@ def test_a_directory_without_permission_costs_one_line(stars, capsys):
         fits.PrimaryHDU(stars).writeto(place / "image.fits")
         (place / "locked").mkdir(mode=0o555)
         (place / "open").mkdir()
-        for path in (place, place / "open"):
+        for path in (place, place / "open", place / "image.fits"):
             path.chmod(0o777)
         before = tree(place)
         with no_root():
@@ -105,8 +105,9 @@ def test_a_directory_without_permission_costs_one_line(stars, capsys):
         assert tree(place) == before
 
 
+@pytest.mark.parametrize("links", [True, False])
 def test_a_product_that_can_not_be_put_in_place_takes_the_others_back(
-    write, stars, old, capsys, monkeypatch
+    write, stars, old, capsys, monkeypatch, links
 ):
     image = write(stars)
     for name in ("rms.fits", "catalog.tsv"):
@@ -114,11 +115,16 @@ def test_a_product_that_can_not_be_put_in_place_takes_the_others_back(
     before, put = tree(old), os.replace
 
     def refuse(source, target):
-        if str(target).endswith("sources.reg"):
+        if "new" in Path(source).parts and str(target).endswith("sources.reg"):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         put(source, target)
 
+    def link(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
     monkeypatch.setattr(os, "replace", refuse)
+    if not links:
+        monkeypatch.setattr(os, "link", link)
     assert call(image, *all_nine(old)) == 1
     assert re.fullmatch(
         one_line("error", r".*sources\.reg: can't be written.*"), capsys.readouterr().err
@@ -210,10 +216,26 @@ source_extractor.command()
 """
 
 
-def test_a_kill_where_nothing_can_be_raised_is_not_lost(write, stars, tmp_path):
+KILLED_IN_C = """
+import os, signal, sys
+import source_extractor
+
+def kill_and_change_the_error(*args, **kwargs):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        raise ImportError("initialization failed")
+
+source_extractor.build_field = kill_and_change_the_error
+source_extractor.command()
+"""
+
+
+@pytest.mark.parametrize("code", [KILLED_IN_A_CALLBACK, KILLED_IN_C])
+def test_a_kill_where_nothing_can_be_raised_is_not_lost(write, stars, tmp_path, code):
     image = write(stars)
     before = tree(tmp_path)
-    command = [sys.executable, "-c", KILLED_IN_A_CALLBACK, image, "-q", *all_nine(tmp_path)]
+    command = [sys.executable, "-c", code, image, "-q", *all_nine(tmp_path)]
     done = subprocess.run(
         command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=60
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from astropy.io import fits
 
 from common import SCRIPT, start
 from contract import one_line
@@ -89,6 +90,13 @@ def test_what_is_no_file_is_not_waited_for(run, write, stars, tmp_path, role):
     run(*arguments, tmp_path / "pipe").assert_refused("pipe: a directory, pipe or device")
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "latin-1"])
+def test_a_kernel_may_have_remarks_in_any_letters(run, write, stars, tmp_path, coding):
+    (tmp_path / "kernel").write_bytes("# by \xc5ngstr\xf6m 3\n1 2 1\n".encode(coding))
+    result = run(write(stars), "--filter-case", "file", "--filter-file", tmp_path / "kernel")
+    assert result.code == 0
+
+
 def test_a_kernel_file_without_end_is_not_read_to_its_end(run, write, stars, tmp_path):
     with open(tmp_path / "kernel", "wb") as file:
         file.truncate(10**11)
@@ -118,6 +126,38 @@ def test_a_size_that_is_no_whole_number_is_refused(run, write, stars, key, value
     )
     path.write_bytes(text[:2880].ljust(2880) + path.read_bytes()[2880:])
     run(path).assert_refused(path)
+
+
+def test_an_end_with_other_bytes_than_blanks_is_one(run, write, stars):
+    path = write(np.tile(stars, (30, 20)))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"END".ljust(80), b"END".ljust(80, b"\0"), 1))
+    assert run(path).code == 0
+
+
+def test_what_follows_an_image_is_its_own_affair(run, write, stars):
+    path = write(stars)
+    path.write_bytes(path.read_bytes() + b" " * 30_000_000)
+    assert run(path).code == 0
+
+
+def test_more_pixels_than_can_be_counted_are_refused(run, tmp_path, stars):
+    hdu = fits.CompImageHDU(np.stack([stars.astype(np.int16)] * 2), name="SCI")
+    hdu.writeto(tmp_path / "image.fits")
+    content = (tmp_path / "image.fits").read_bytes()
+    card = b"ZNAXIS3 =                    2"
+    assert card in content
+    content = content.replace(card, b"ZNAXIS3 =  4611686018427387904")
+    (tmp_path / "image.fits").write_bytes(content)
+    run(tmp_path / "image.fits").assert_refused("image.fits")
+
+
+@pytest.mark.parametrize("dtype", [np.uint64, np.float32])
+def test_a_name_that_can_not_be_read_is_left_out(run, write, stars, dtype):
+    path = with_cards(write(stars.astype(dtype)), b"EXTNAME = 'abc".ljust(80))
+    result = run(path)
+    assert result.code == 0
+    assert "image.fits[0] PRIMARY: 160 x 120" in result.out
 
 
 @pytest.mark.parametrize("tag", ["ImageWidth", "ImageLength"])

@@ -69,13 +69,15 @@ def test_no_run_asks_for_the_network(sky, tmp_path, longitude, latitude, cards):
     assert tree(tmp_path / "products").keys() == set(NINE)
 
 
-def test_a_run_needs_no_home_display_or_locale_and_leaves_nothing(write, stars, tmp_path):
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_run_needs_no_home_display_or_locale_and_leaves_nothing(write, stars, tmp_path, threads):
     image = write(stars)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     bare = {"HOME": "/proc", "TMPDIR": str(scratch), "LC_ALL": "C", "PYTHONUTF8": "0"}
-    bare |= {"PYTHONCOERCECLOCALE": "0"}
-    done = start(image, *all_nine(tmp_path / "products"), cwd="/", env=bare)
+    bare |= {"PYTHONCOERCECLOCALE": "0", "MPLBACKEND": "none such"}
+    products = all_nine(tmp_path / "products")
+    done = start(image, *products, "--threads", threads, cwd="/", env=bare)
     assert (done.returncode, done.stderr) == (0, "")
     assert tree(tmp_path / "products").keys() == set(NINE)
     assert not list(scratch.iterdir())

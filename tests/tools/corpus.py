@@ -84,6 +84,8 @@ def corpus_of_tiff():
     files["ome.tif"] = tiff_bytes(stack, ome=True)
     files["rgb.tif"] = tiff_bytes(np.moveaxis(stack, 0, 2), photometric="rgb")
     files["planar.tif"] = tiff_bytes(stack, photometric="rgb", planarconfig="separate")
+    palette = np.repeat(np.arange(0, 65536, 257, dtype="u2")[None], 3, axis=0)
+    files["palette.tif"] = tiff_bytes(image.astype("u1"), photometric="palette", colormap=palette)
     files["bilevel.tif"] = pillow_bytes(image > 60)
     return files
 

@@ -326,11 +326,12 @@ def scratch():
 
 
 def tree(directory):
-    """Return the content of each file below a directory, by relative path."""
+    """Return the content of all below a directory by relative path, None of directories."""
     found = {}
     for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-            found[str(path.relative_to(directory))] = path.read_bytes()
+        with contextlib.suppress(FileNotFoundError):
+            content = None if path.is_dir() else path.read_bytes()
+            found[str(path.relative_to(directory))] = content
     return found
 
 
@@ -423,6 +424,7 @@ def fault_of_products(end, case, before, directory):
         return "refused a whole file" if case.sound else None
     args = source_extractor.build_parser().parse_args(case.arguments)
     targets = source_extractor.product_paths(args)
+    changed = {name for name in changed if after.get(name) is not None}
     if changed != {str(path) for path in targets.values()}:
         return f"left {sorted(changed)}"
     spoilt = [name for name, path in targets.items() if not is_sound(name, directory / path)]
