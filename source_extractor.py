@@ -52,8 +52,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count, groupby, islice
 from multiprocessing.connection import wait
-from operator import index as whole
-from operator import itemgetter
+from operator import index, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -260,18 +259,17 @@ def first_bytes(path, size):
         with open(path, "rb") as file:
             return file.read(size)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
+        raise InputError(f"{path}: {error.strerror}") from error
 
 
 @contextmanager
 def reading(path, kind):
-    """Turn whatever a damaged file makes a library raise into an `InputError`, remarks a warning.
+    """Turn whatever a damaged file makes a library raise into an `InputError`.
 
     Little but calls of libraries belongs into it: our own faults would be called damage.
     """
     try:
-        with remarks_of_libraries() as remarks:
-            yield
+        yield
     except InputError:
         raise
     except MemoryError:
@@ -280,15 +278,11 @@ def reading(path, kind):
         reason = one_line(error) or type(error).__name__
         text = f"damaged, cut short, or no {kind} that can be read ({reason}); get the file again"
         raise InputError(f"{path.name}: {text}") from error
-    remarks = [remark for remark in dict.fromkeys(remarks) if not COSMETIC.search(remark)]
-    if remarks:
-        more = f", and {len(remarks) - 1} more such remarks" if remarks[1:] else ""
-        log.warning("%s: read, but not as it should be: %s%s", path.name, remarks[0], more)
 
 
 @contextmanager
-def remarks_of_libraries():
-    """Collect what astropy and tifffile have to remark on what they read."""
+def passing_on_remarks(path):
+    """Warn, once a file is read, of what astropy and tifffile had to remark on it."""
     remarks, logger = [], logging.getLogger("tifffile")
 
     def keep(record):
@@ -300,11 +294,15 @@ def remarks_of_libraries():
     try:
         with warnings.catch_warnings(record=True, action="ignore") as caught:
             warnings.simplefilter("always", AstropyUserWarning)
-            yield remarks
-            remarks += [one_line(warning.message) for warning in caught]
+            yield
     finally:
         logger.removeFilter(keep)
         logger.setLevel(level)
+    remarks += [one_line(warning.message) for warning in caught]
+    remarks = [remark for remark in dict.fromkeys(remarks) if not COSMETIC.search(remark)]
+    if remarks:
+        more = f", and {len(remarks) - 1} more such remarks" if remarks[1:] else ""
+        log.warning("%s: read, but not as it should be: %s%s", path.name, remarks[0], more)
 
 
 def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
@@ -338,7 +336,7 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     else:
         raise InputError(f"{path.name}: neither a FITS nor a TIFF file; convert it to one of them")
     try:
-        with opened(path, hdu) as stack:
+        with passing_on_remarks(path), opened(path, hdu) as stack:
             pixels = stack.cut(choose_plane(stack, plane, lone_serves_all))
             if pixels.dtype.kind not in "biuf":
                 raise InputError(f"{stack.origin.name}: {pixels.dtype} pixels are not real numbers")
@@ -395,7 +393,7 @@ def open_fits(path, hdu):
                 number, name = hdus.index_of(chosen), chosen.name
                 if value_of(chosen.header, "BZERO") == 2**63:  # else rounded to multiples of 1024
                     chosen = fits.open(file, memmap=False, uint=True)[number]
-                header, shape = chosen.header, tuple(map(whole, chosen.shape))
+                header, shape = chosen.header, tuple(map(index, chosen.shape))
                 dtype = fits.BITPIX2DTYPE[header["BITPIX"]]
                 chosen.section[(0,) * len(shape)]  # what can't be scaled fails here
         except InputError:
@@ -410,15 +408,15 @@ def open_fits(path, hdu):
 
         def cut(plane):
             lengths = [1 if axis in image_axes else n for axis, n in enumerate(shape)]
-            index = [int(place) for place in np.unravel_index(plane, lengths)]
+            cuts = [int(place) for place in np.unravel_index(plane, lengths)]
             first, last = image_axes
-            index[last] = slice(None)
+            cuts[last] = slice(None)
             with reading(path, "FITS"):
                 if last == len(shape) - 1:
-                    index[first] = slice(None)
-                    data = chosen.section[tuple(index)]
+                    cuts[first] = slice(None)
+                    data = chosen.section[tuple(cuts)]
                 else:  # row by row: astropy would read it a pixel at a time
-                    before, after = index[:first], tuple(index[first + 1 :])
+                    before, after = cuts[:first], tuple(cuts[first + 1 :])
                     rows = range(shape[first])
                     data = np.stack([chosen.section[(*before, y)][after] for y in rows])
             if data.dtype == np.uint64 and not math.isnan(blank := number_of(header, "BLANK")):

@@ -185,17 +185,6 @@ source_extractor.command()
 """
 
 
-def test_more_kills_while_it_clears_up_leave_nothing(write, stars, tmp_path):
-    image = write(stars)
-    before = tree(tmp_path)
-    command = [sys.executable, "-c", KILLED_TWICE, image, "-q", *all_nine(tmp_path)]
-    done = subprocess.run(
-        command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
-    assert tree(tmp_path) == before
-
-
 KILLED_IN_A_CALLBACK = """
 import os, signal, sys, weakref
 import source_extractor
@@ -231,8 +220,12 @@ source_extractor.command()
 """
 
 
-@pytest.mark.parametrize("code", [KILLED_IN_A_CALLBACK, KILLED_IN_C])
-def test_a_kill_where_nothing_can_be_raised_is_not_lost(write, stars, tmp_path, code):
+@pytest.mark.parametrize(
+    "code",
+    [KILLED_TWICE, KILLED_IN_A_CALLBACK, KILLED_IN_C],
+    ids=["and while it clears up", "where nothing can be raised", "where another error is made"],
+)
+def test_a_kill_is_not_lost_and_leaves_nothing(write, stars, tmp_path, code):
     image = write(stars)
     before = tree(tmp_path)
     command = [sys.executable, "-c", code, image, "-q", *all_nine(tmp_path)]

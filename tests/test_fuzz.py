@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
-from common import SCRIPT, start
+from common import SCRIPT, insert_cards, start
 from contract import one_line
 from files import patched_tiff, tiff_bytes
 
@@ -37,14 +37,6 @@ def test_whatever_comes_ends_in_good_order(tmp_path, kind, seed, cases):
     assert f"{cases} cases, 0 failed" in done.stdout
 
 
-def with_cards(path, *cards):
-    """Put cards before the first NAXIS of a FITS file."""
-    content = path.read_bytes()
-    header = content[:2880].rstrip().replace(b"NAXIS   =", b"".join(cards) + b"NAXIS   =", 1)
-    path.write_bytes(header.ljust(len(header) + -len(header) % 2880) + content[2880:])
-    return path
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -53,13 +45,13 @@ def with_cards(path, *cards):
     ],
 )
 def test_a_header_that_cannot_be_true_is_refused(run, write, stars, key, value):
-    path = with_cards(write(stars), f"{key:8}= {value:20}".ljust(80).encode())
+    path = insert_cards(write(stars), f"{key:8}= {value:20}".encode())
     run(path).assert_refused(path, f"{key} of HDU 0 can't be {value}")
 
 
 def test_a_value_that_goes_on_and_on_is_refused(run, write, stars):
     ctype, more = b"CTYPE1  = 'RA---TAN&'".ljust(80), b"CONTINUE  'a&'".ljust(80)
-    path = with_cards(write(stars), ctype, *[more] * 10_000)
+    path = insert_cards(write(stars), ctype, *[more] * 10_000)
     run(path).assert_refused(path, "header 0 goes on over more than 1000 cards")
 
 
@@ -70,7 +62,9 @@ def test_a_header_without_an_end_is_refused(run, write, stars):
 
 
 def test_a_size_beyond_all_numbers_is_refused(run, write, stars):
-    path = with_cards(write(stars), *[f"NAXIS{n}  = {2**62:20}".ljust(80).encode() for n in (1, 2)])
+    path = insert_cards(
+        write(stars), *[f"NAXIS{n}  = {2**62:20}".ljust(80).encode() for n in (1, 2)]
+    )
     path.write_bytes(path.read_bytes().replace(b"NAXIS1  =                  160", b" " * 30))
     path.write_bytes(path.read_bytes().replace(b"NAXIS2  =                  120", b" " * 30))
     run(path).assert_refused(path, "HDU 0 can't have")
@@ -120,7 +114,7 @@ def test_a_limit_of_memory_costs_one_line(write, tmp_path, megabytes):
 
 @pytest.mark.parametrize(("key", "value"), [("NAXIS1", "1.5"), ("NAXIS2", "T"), ("BITPIX", "")])
 def test_a_size_that_is_no_whole_number_is_refused(run, write, stars, key, value):
-    path = with_cards(write(stars))
+    path = insert_cards(write(stars))
     text = re.sub(
         f"{key:8}= +-?\\d+".encode(), f"{key:8}= {value}".encode(), path.read_bytes(), count=1
     )
@@ -154,7 +148,7 @@ def test_more_pixels_than_can_be_counted_are_refused(run, tmp_path, stars):
 
 @pytest.mark.parametrize("dtype", [np.uint64, np.float32])
 def test_a_name_that_can_not_be_read_is_left_out(run, write, stars, dtype):
-    path = with_cards(write(stars.astype(dtype)), b"EXTNAME = 'abc".ljust(80))
+    path = insert_cards(write(stars.astype(dtype)), b"EXTNAME = 'abc")
     result = run(path)
     assert result.code == 0
     assert "image.fits[0] PRIMARY: 160 x 120" in result.out

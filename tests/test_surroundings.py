@@ -13,6 +13,7 @@ from astropy.io import fits
 import source_extractor
 from common import SCRIPT, all_nine, call, start, tree
 from contract import NINE
+from headers import cards
 
 WITHOUT_NETWORK = """
 import socket, sys
@@ -27,33 +28,22 @@ source_extractor.command()
 """
 
 
-@pytest.fixture
-def sky(write, stars):
-    """Return a function that writes the stars with a WCS of the kind of coordinates, and path."""
-
-    def write_sky(name, longitude, latitude, **cards):
-        cards = {"CRVAL1": 150.0, "CRVAL2": 2.0, "CRPIX1": 80.0, "CRPIX2": 60.0} | cards
-        scale = {"CDELT1": -1e-4, "CDELT2": 1e-4, "BUNIT": "Jy/beam", "BMAJ": 3e-4, "BMIN": 2e-4}
-        axes = {"CTYPE1": f"{longitude:-<5}TAN", "CTYPE2": f"{latitude:-<5}TAN"}
-        return write(stars, name, **{key: v for key, v in (axes | cards | scale).items()})
-
-    return write_sky
-
+BEAM = {"BUNIT": "Jy/beam", "BMAJ": 3e-4, "BMIN": 2e-4}
 
 # That of the Earth needs tables of its rotation, which astropy would download.
 KINDS = {
-    "old equator": ("RA-", "DEC-", {"RADESYS": "FK4", "EQUINOX": 1950.0}),
-    "galaxy": ("GLON", "GLAT", {}),
-    "earth": ("TLON", "TLAT", {"DATE-OBS": "2031-01-01T00:00:00"}),
+    "old equator": ("RA---TAN", "DEC--TAN", {"RADESYS": "FK4", "EQUINOX": 1950.0}),
+    "galaxy": ("GLON-TAN", "GLAT-TAN", {}),
+    "earth": ("TLON-TAN", "TLAT-TAN", {"DATE-OBS": "2031-01-01T00:00:00"}),
 }
 
 
-@pytest.mark.parametrize(("longitude", "latitude", "cards"), KINDS.values(), ids=KINDS)
-def test_no_run_asks_for_the_network(sky, tmp_path, longitude, latitude, cards):
-    one = sky("one.fits", longitude, latitude, **cards)
-    if "DATE-OBS" in cards:
-        cards = {"DATE-OBS": "2032-05-05T00:00:00"}
-    other = sky("other.fits", longitude, latitude, **cards)
+@pytest.mark.parametrize(("lon", "lat", "more"), KINDS.values(), ids=KINDS)
+def test_no_run_asks_for_the_network(write, stars, tmp_path, lon, lat, more):
+    one = write(stars, "one.fits", **cards(lon, lat, **BEAM, **more))
+    if "DATE-OBS" in more:
+        more = {"DATE-OBS": "2032-05-05T00:00:00"}
+    other = write(stars, "other.fits", **cards(lon, lat, **BEAM, **more))
     command = [sys.executable, "-c", WITHOUT_NETWORK, one, "--measure-image", other]
     done = subprocess.run(
         [*command, *all_nine(tmp_path / "products")],
@@ -129,8 +119,8 @@ def test_two_runs_at_once_in_one_directory_do_not_meet(write, stars, tmp_path):
 @pytest.mark.parametrize(
     "options", [(), ("--subtracted", "x/s.fits.gz", "--catalog-fits", "x/c.fits.gz")]
 )
-def test_products_are_the_same_to_the_byte_whoever_makes_them(sky, tmp_path, options):
-    image = sky("image.fits", "RA-", "DEC-")
+def test_products_are_the_same_to_the_byte_whoever_makes_them(write, stars, tmp_path, options):
+    image = write(stars, **cards(**BEAM))
     made = []
     for number, seed in (("1", "1"), ("2", "2"), ("3", "3")):
         place = tmp_path / number

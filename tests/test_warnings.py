@@ -8,7 +8,7 @@ import sep
 import tifffile
 from astropy.io import fits
 
-from common import SHAPE, extract
+from common import SHAPE, extract, insert_cards
 from contract import one_line
 from files import patched_tiff
 from sky import blobs
@@ -212,20 +212,12 @@ def test_what_a_library_remarks_on_a_file_is_one_warning(run, tmp_path, stars):
     assert re.fullmatch(one_line("warning", told), result.err)
 
 
-def with_card(path, card):
-    """Put a card in the place of that of the OBSERVER."""
-    content = path.read_bytes()
-    at = content.index(b"OBSERVER")
-    path.write_bytes(content[:at] + card.ljust(80) + content[at + 80 :])
-    return path
-
-
 def test_a_blank_that_is_no_number_is_told(run, write, stars):
-    path = with_card(write(stars.astype(np.int16), OBSERVER="BO"), b"BLANK   = '12'")
+    path = insert_cards(write(stars.astype(np.int16)), b"BLANK   = '12'")
     assert re.search(one_line("warning", r"image\.fits.*BLANK.*"), run(path).err)
 
 
 @pytest.mark.parametrize("card", [b"OBSERVER= 'B\xe9'", b"BLANK   =                    0"])
 def test_what_changes_no_pixel_is_not_told(run, write, stars, card):
-    result = run(with_card(write(stars, OBSERVER="BO"), card))
+    result = run(insert_cards(write(stars), card))
     assert (result.code, result.err) == (0, "")

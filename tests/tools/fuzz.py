@@ -127,44 +127,22 @@ def case_of_files(files, rng, directory):
 NUMBERS = (
     *("0", "1", "2", "3", "5", "7", "8", "50", "51", "64", "99", "100", "101", "1024", "1025"),
     *("10000", "10001", "2147483647", "2147483648", "18446744073709551615", "18446744073709551616"),
-    *(
-        "-1",
-        "-0",
-        "-2147483649",
-        "0.5",
-        "1.5",
-        "-0.5",
-        "1e-45",
-        "1e-300",
-        "1e-320",
-        "1e38",
-        "1e300",
-    ),
-    *("1e400", "nan", "inf", "-inf", "NaN", "Infinity", "", " ", "\n", "\u0663", "\uff11\uff12"),
+    *("-1", "-0", "-2147483649", "0.5", "1.5", "-0.5", "1e-45", "1e-300", "1e-320", "1e38"),
+    *("1e300", "1e400", "nan", "inf", "-inf", "NaN", "Infinity", "", " ", "\n", "\u0663"),
+    "\uff11\uff12",
     *("\u00b2", "\u0660.\u0665", "\u22121", "1_0", "0x10", "1,5", "1.5.1", "five", "1 2", "1j"),
     *("9" * 5000, "0." + "9" * 5000, "1e" + "9" * 50, "0" * 5000 + "5", "True", "None"),
 )
 HDUS = ("SCI", "sci,1", "DQ,\u0661", ",", "1,2,3", "-1", "ERR,2", "SCI,99999999999")
 PLACES = (
-    "a.fits",
-    "b.TIF",
-    "c.fits.gz",
-    "d",
-    "new/x",
-    "new/x/y",
-    "image.fits",
-    ".",
-    "text/x",
+    *("a.fits", "b.TIF", "c.fits.gz", "d", "new/x", "new/x/y", "image.fits", ".", "text/x"),
     "\n",
 )
 TOGETHER = (
-    *(
-        ("err_option", "err_file", "err_type"),
-        ("err_file", "err_hdu"),
-        ("filter_case", "filter_file"),
-    ),
-    *(("filter_case", "filter_fwhm"), ("mask", "mask_bits"), ("mask", "maskthresh", "mask_bits")),
-    *(("mask", "mask_hdu"), ("measure_image", "measure_plane"), ("verbose", "quiet")),
+    *(("err_option", "err_file", "err_type"), ("err_file", "err_hdu")),
+    *(("filter_case", "filter_file"), ("filter_case", "filter_fwhm")),
+    *(("mask", "mask_bits"), ("mask", "maskthresh", "mask_bits"), ("mask", "mask_hdu")),
+    *(("measure_image", "measure_plane"), ("verbose", "quiet")),
     *(("catalog_fits", "aperture_diameters"), ("catalog", "rms"), ("output_dir", "regions")),
 )
 
