@@ -59,12 +59,25 @@ from typing import TYPE_CHECKING, NamedTuple
 PROG = "source_extractor.py"
 LEAST_MEMORY = 4 * 10**8  # bytes, for all but the image
 
+
+def allowed(limit):
+    """Return how much of a resource this process may take."""
+    most = resource.getrlimit(limit)[0]
+    return math.inf if most == resource.RLIM_INFINITY else most
+
+
 # The libraries can't be loaded with less, and say so each in its way, or crash.
-if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < LEAST_MEMORY:
+if allowed(resource.RLIMIT_AS) < LEAST_MEMORY:
     sys.exit(f"{PROG}: error: less than {LEAST_MEMORY} bytes of memory allowed; see ulimit -v")
 # Else each core takes 40 MB of that for products of large matrices, of which there are none here.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "agg"
+# astropy insists on a home, and the user that a container runs as may have none.
+if os.path.expanduser("~") == "~":
+    os.environ["HOME"] = os.devnull
+# Nothing is to be put in order yet, if the user stops it while the libraries are loaded.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import sep
@@ -219,9 +232,14 @@ CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")
 # The least that an image takes: itself, its background, and its map of labels.
 BYTES_A_PIXEL = 12
 
+# The most that reading may take: to open any file, and for each of its pixels.
+SECONDS_TO_OPEN, SECONDS_A_PIXEL = 20, 5e-6
+BYTES_TO_OPEN, BYTES_TO_DECODE_A_PIXEL = 5 * 10**8, 32
+
 # The most cards of a FITS header, and of a value in it; bytes of a packed file to unpack at a time.
 MOST_CARDS = 360_000
 MOST_CONTINUED = 1000
+MOST_HDUS_TOLD = 20
 UNPACKED_PIECE = 2**24
 
 
@@ -262,19 +280,52 @@ def first_bytes(path, size):
         raise InputError(f"{path}: {error.strerror}") from error
 
 
-@contextmanager
-def reading(path, kind):
-    """Turn whatever a damaged file makes a library raise into an `InputError`.
+class TooLong(BaseException):
+    """No `Exception`, as libraries put up with those, and go on."""
 
-    Little but calls of libraries belongs into it: our own faults would be called damage.
+
+def end_reading(*_):
+    raise TooLong("takes more time than any image of its size")
+
+
+@contextmanager
+def bounded(pixels=0):
+    """Raise `TooLong` or MemoryError at what takes more than so many pixels of a file ever could.
+
+    Files that lie of their size have a library count to 10^9, or ask for memory for that.
     """
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    with suppress(FileNotFoundError):  # only Linux tells how much is used
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        most = used + BYTES_TO_OPEN + BYTES_TO_DECODE_A_PIXEL * pixels
+        most = min(most, allowed(resource.RLIMIT_DATA), 2**62)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
+    handler = signal.signal(signal.SIGPROF, end_reading)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS_TO_OPEN + SECONDS_A_PIXEL * pixels, 1)
     try:
         yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+@contextmanager
+def reading(path, kind, pixels=0):
+    """Turn whatever a damaged file makes a library raise into an `InputError`.
+
+    Little but calls of libraries belongs into it: our own faults would be called damage. For what
+    it may take see `bounded`.
+    """
+    try:
+        with bounded(pixels):
+            yield
     except InputError:
         raise
     except MemoryError:
-        raise InputError(f"{path.name}: not enough memory to read this image") from None
-    except Exception as error:
+        text = "not enough memory to read this image, or it is damaged and asks for too much"
+        raise InputError(f"{path.name}: {text}") from None
+    except (Exception, TooLong) as error:
         reason = one_line(error) or type(error).__name__
         text = f"damaged, cut short, or no {kind} that can be read ({reason}); get the file again"
         raise InputError(f"{path.name}: {text}") from error
@@ -370,8 +421,7 @@ def choose_plane(stack, plane, lone_serves_all):
         raise InputError(f"{name}: {planes} in axes ({layout}); {choice}")
     needed = LEAST_MEMORY + BYTES_A_PIXEL * rows * columns
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if needed > (present if allowed < 0 else min(present, allowed)):
+    if needed > min(present, allowed(resource.RLIMIT_AS)):
         raise InputError(
             f"{name}: {columns} x {rows} pixels need {needed / 1e9:.1f} GB of memory, which are "
             "not there, or not allowed (ulimit -v); cut the image into parts"
@@ -411,7 +461,7 @@ def open_fits(path, hdu):
             cuts = [int(place) for place in np.unravel_index(plane, lengths)]
             first, last = image_axes
             cuts[last] = slice(None)
-            with reading(path, "FITS"):
+            with reading(path, "FITS", math.prod(shape)):
                 if last == len(shape) - 1:
                     cuts[first] = slice(None)
                     data = chosen.section[tuple(cuts)]
@@ -576,11 +626,13 @@ def holds_image(hdu):
 
 
 def describe_hdus(hdus):
-    return "; ".join(
+    told = "; ".join(
         f"{index} {hdu.name or '(no name)'}: "
         + (" x ".join(map(str, reversed(hdu.shape))) or "empty" if hdu.is_image else "table")
-        for index, hdu in enumerate(hdus)
+        for index, hdu in enumerate(hdus[:MOST_HDUS_TOLD])
     )
+    more = len(hdus) - MOST_HDUS_TOLD
+    return f"{told}; and {more} more" if more > 0 else told
 
 
 def celestial_wcs(path, hdus, header, axes):
@@ -590,14 +642,14 @@ def celestial_wcs(path, hdus, header, axes):
     from astropy.wcs import WCS, Sip
 
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), bounded():
             wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
             if not wcs.has_celestial:
                 return None
             wcs.to_fits(relax=True)[0].verify("exception")  # or else it could not be written
             matrix = wcs.pixel_scale_matrix
-    except Exception as error:  # wcslib and astropy raise many kinds
-        problem = one_line(error)
+    except (Exception, TooLong) as error:  # wcslib and astropy raise many kinds
+        problem = one_line(error) or type(error).__name__
     else:
         problem = problem_of_wcs(header, axes, matrix)
     if problem:
@@ -675,7 +727,6 @@ def open_tiff(path, hdu):
         with reading(path, "TIFF"):
             axes, shape, page = series.axes, series.shape, series.keyframe
             image_axes = [axes.index("Y"), axes.index("X")]
-            one_page_a_plane = axes.endswith("YX") and len(series.pages) == math.prod(shape[:-2])
             # ImageJ's are tables of colours to look at intensities with.
             colours = None if tiff.is_imagej else page.photometric
             white = colours == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
@@ -684,21 +735,32 @@ def open_tiff(path, hdu):
             black, description = (1 << page.bitspersample) - 1 if white else None, page.description
 
         def cut(plane):
-            with reading(path, "TIFF"):
-                pages = [series.pages[plane]] if one_page_a_plane else list(series.pages)
+            with reading(path, "TIFF", math.prod(shape)):
+                place, depth = series.dataoffset, len(shape) - page.ndim
+                planes_a_page = math.prod(page.shape) // (
+                    shape[image_axes[0]] * shape[image_axes[1]]
+                )
+                by_page = (
+                    (place is None or planes_a_page == 1)
+                    and depth <= min(image_axes)
+                    and shape[depth:] == page.shape
+                    and len(series.pages) == math.prod(shape[:depth])
+                    and not series.is_truncated
+                )
+                number, within = divmod(plane, planes_a_page) if by_page else (0, plane)
+                pages = [series.pages[number]] if by_page else list(series.pages)
                 if None in pages:
                     text = f"plane {plane} is in another file of its set; give that one instead"
                     raise InputError(f"{path.name}: {text}")
-                if one_page_a_plane and not series.is_truncated:
-                    return pages[0].asarray()
-                place = series.dataoffset
-                if place is None:
+                if by_page:
+                    pixels = pages[0].asarray()
+                elif place is None:
                     pixels = series.asarray()
                 else:
                     dtype = tiff.byteorder + series.dtype.char
                     pixels = np.memmap(path, dtype, "r", place, shape)
-                planes = np.moveaxis(pixels, image_axes, (-2, -1))
-            return planes[np.unravel_index(plane, planes.shape[:-2])]
+                planes = np.moveaxis(pixels, [axis - len(shape) for axis in image_axes], (-2, -1))
+            return planes[np.unravel_index(within, planes.shape[:-2])]
 
         origin = Origin(
             name=f"{path.name}[{number}]" if last else path.name,
@@ -838,7 +900,9 @@ def wcs_offset(one, other, shape):
 # ---------------------------------------------------------------------------------------------
 
 
-KERNEL_BYTES = 2**20  # of the text of a kernel, at the most
+# The most of a kernel: bytes of its text, and elements; the widest Gaussian has 22801.
+KERNEL_BYTES = 2**20
+KERNEL_ELEMENTS = 2**15
 
 
 def make_kernel(case, fwhm, path):
@@ -888,6 +952,9 @@ def read_kernel(path):
     if not kernel.any() or not np.isfinite(kernel).all():
         raise InputError(f"{path.name}: a kernel needs finite values that are not all zero")
     rows, columns = kernel.shape
+    if kernel.size > KERNEL_ELEMENTS:
+        text = f"{rows} rows of {columns}, more than {KERNEL_ELEMENTS} values, are no kernel"
+        raise InputError(f"{path.name}: {text}")
     if rows % 2 == 0 or columns % 2 == 0:
         raise InputError(
             f"{path.name}: a kernel of {rows} rows and {columns} columns has no central pixel and "
@@ -1364,7 +1431,10 @@ def global_rms(background):
 LONG = 16  # the fewest jobs of which a terminal is shown the progress
 
 # What ends a process in good order.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPS = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+)
 
 
 def shared_zeros(shape, dtype, threads):
@@ -2774,7 +2844,6 @@ def staged(targets):
         yield parts
         with stopping_by(signal.SIG_IGN):
             outlive(partial(put_in_place, list(parts.values())))
-            clear()
     finally:
         with stopping_by(signal.SIG_IGN):
             clear()
@@ -3341,7 +3410,7 @@ def stop_later(unraisable):
     if isinstance(unraisable.exc_value, SystemExit):
         signal.signal(signal.SIGALRM, partial(stop, unraisable.exc_value.code - 128))
         signal.setitimer(signal.ITIMER_REAL, 0.01)
-    else:
+    elif not isinstance(unraisable.exc_value, MemoryError | TooLong):  # which comes again
         sys.__unraisablehook__(unraisable)
 
 

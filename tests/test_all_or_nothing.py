@@ -146,8 +146,9 @@ sys.exit(source_extractor.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", ["TERM", "INT", "HUP", "QUIT", "XCPU", "USR1", "USR2"])
 def test_a_run_that_is_killed_leaves_everything_as_it_was(write, stars, old, tmp_path, number):
+    number = signal.Signals[f"SIG{number}"]
     image = write(stars)
     before = tree(tmp_path)
     command = [sys.executable, "-c", SLOW, image, "-q", *all_nine(old)]

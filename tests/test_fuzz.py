@@ -4,6 +4,7 @@ import bz2
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
+import source_extractor
 from common import SCRIPT, insert_cards, start
 from contract import one_line
+from corpus import ome_description
 from files import patched_tiff, tiff_bytes
+from headers import cards
 
 FUZZ = Path(__file__).parent / "tools" / "fuzz.py"
 
@@ -165,3 +169,43 @@ def test_values_at_both_ends_of_float64_are_taken(run, write):
     high = np.random.default_rng(0).normal(size=(40, 48)) > 0
     top = np.finfo(np.float64).max
     assert run(write(np.where(high, top, -top))).code == 0
+
+
+@pytest.mark.parametrize("planes", [{"planes": 10**9}, {"of_a_page": 10**9}])
+def test_a_tiff_that_asks_for_any_memory_is_refused(run, tmp_path, stars, planes):
+    path = tmp_path / "image.ome.tif"
+    path.write_bytes(tiff_bytes(stars, description=ome_description(stars, **planes), metadata=None))
+    run(path).assert_refused(path, "asks for too much")
+
+
+def test_what_takes_too_long_to_open_is_refused(run, write, stars, tmp_path, monkeypatch):
+    def bounds():
+        memory = resource.getrlimit(resource.RLIMIT_DATA)
+        return memory, signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
+
+    hdus = [fits.PrimaryHDU(), *[fits.ImageHDU()] * 5000]
+    fits.HDUList(hdus).writeto(tmp_path / "many.fits")
+    before = bounds()
+    monkeypatch.setattr(source_extractor, "SECONDS_TO_OPEN", 0.1)
+    run(tmp_path / "many.fits").assert_refused("many.fits", "takes more time than any image")
+    assert bounds() == before
+    assert run(write(stars)).code == 0
+
+
+def test_a_message_names_no_more_hdus_than_can_be_read(run, tmp_path):
+    fits.HDUList([fits.PrimaryHDU(), *[fits.ImageHDU()] * 500]).writeto(tmp_path / "many.fits")
+    result = run(tmp_path / "many.fits")
+    result.assert_refused("; 19 (no name): empty; and 481 more")
+
+
+def test_a_wcs_that_asks_for_any_memory_is_left_out(run, write, stars):
+    sip = {"A_ORDER": 30_000, "B_ORDER": 30_000, "A_2_0": 1e-9}
+    result = run(write(stars, **cards("RA---TAN-SIP", "DEC--TAN-SIP", **sip)))
+    assert result.code == 0
+    assert re.fullmatch(one_line("warning", ".*WCS can't be used.*"), result.err)
+
+
+def test_more_values_than_a_kernel_has_are_refused(run, write, stars, tmp_path):
+    np.savetxt(tmp_path / "kernel", np.ones((301, 301)), fmt="%d")
+    result = run(write(stars), "--filter-case", "file", "--filter-file", tmp_path / "kernel")
+    result.assert_refused("kernel", "301 rows of 301")

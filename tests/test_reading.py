@@ -405,9 +405,14 @@ def test_each_colour_is_a_plane(put, planar, compression):
         assert_pixels(put(tiff_bytes(stored, **keywords)), expected, plane=plane)
 
 
-def test_colours_of_a_stack_count_fastest(put):
+@pytest.mark.parametrize("compression", [None, "lzw"])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_colours_of_a_stack_count_fastest(put, monkeypatch, planar, compression):
     stack = np.arange(2 * 3 * 20 * 24).reshape(2, 3, 20, 24).astype(np.uint16)
-    path = put(tiff_bytes(np.moveaxis(stack, 1, -1), photometric="rgb"))
+    stored = stack if planar == "separate" else np.moveaxis(stack, 1, -1)
+    keywords = {"photometric": "rgb", "planarconfig": planar, "compression": compression}
+    path = put(tiff_bytes(stored, **keywords))
+    monkeypatch.delattr(tifffile.TiffPageSeries, "asarray")  # which reads all its pages
     for plane, expected in enumerate(stack.reshape(-1, 20, 24)):
         assert_pixels(path, expected, plane=plane)
 

@@ -1,6 +1,7 @@
 """What is around a run: network, home, locale, directory, paths, and another run beside it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,32 @@ def test_a_run_needs_no_home_display_or_locale_and_leaves_nothing(write, stars, 
     assert (done.returncode, done.stderr) == (0, "")
     assert tree(tmp_path / "products").keys() == set(NINE)
     assert not list(scratch.iterdir())
+
+
+WITHOUT_HOME = """
+import os, pwd
+
+def unknown(number):
+    raise KeyError(number)
+
+pwd.getpwuid = unknown
+import source_extractor
+source_extractor.command()
+"""
+
+
+def test_a_user_whom_the_machine_does_not_know_needs_no_home(write, stars, tmp_path):
+    command = [sys.executable, "-c", WITHOUT_HOME, write(stars), "-o", tmp_path / "products"]
+    environment = {"PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_user_may_stop_it_while_it_is_loaded(tmp_path):
+    code = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    (tmp_path / "sep.py").write_text(code)
+    done = start("image.fits", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("line", ["text.usetex: True", "figure.facecolor: red", "nonsense"])

@@ -125,7 +125,26 @@ def corpus_of_oddities():
     whole = tiff_bytes(spots.astype("u1"), compression="zlib", rowsperstrip=40)
     bomb = patched_tiff(whole + strip, "StripOffsets", len(whole))
     files["bomb.tif"] = patched_tiff(bomb, "StripByteCounts", len(strip))
+    for name, lie in {"planes": {"planes": 10**9}, "page": {"of_a_page": 10**9}}.items():
+        description = ome_description(spots, **lie)
+        files[f"{name}.ome.tif"] = tiff_bytes(spots, description=description, metadata=None)
+    sip = {"A_ORDER": 30_000, "B_ORDER": 30_000, "A_2_0": 1e-9}
+    distortion = fits.Header({"CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP"} | sip)
+    files["distortion.fits"] = fits_of(fits.PrimaryHDU(spots, distortion))
     return files
+
+
+def ome_description(image, planes=1, of_a_page=1):
+    """Return the OME-XML of an image (ny, nx) that is said to have so many planes, or pages."""
+    height, width = image.shape
+    sizes = f'SizeX="{width}" SizeY="{height}" SizeC="1" SizeT="1" SizeZ="{planes}"'
+    kind = {"f4": "float", "f8": "double"}[image.dtype.str[1:]]
+    return (
+        '<?xml version="1.0"?>'
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        f'<Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="{kind}" {sizes}>'
+        f'<TiffData IFD="0" PlaneCount="{of_a_page}"/></Pixels></Image></OME>'
+    )
 
 
 KERNELS = {
