@@ -68,15 +68,20 @@ def allowed(limit):
 
 # The libraries can't be loaded with less, and say so each in its way, or crash.
 if allowed(resource.RLIMIT_AS) < LEAST_MEMORY:
-    sys.exit(f"{PROG}: error: less than {LEAST_MEMORY} bytes of memory allowed; see ulimit -v")
+    sys.exit(
+        f"{PROG}: error: {LEAST_MEMORY} bytes of memory are needed; raise the limit (ulimit -v)"
+    )
 # Else each core takes 40 MB of that for products of large matrices, of which there are none here.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "agg"
 # astropy insists on a home, and the user that a container runs as may have none.
 if os.path.expanduser("~") == "~":
     os.environ["HOME"] = os.devnull
-# Nothing is to be put in order yet, if the user stops it while the libraries are loaded.
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+# Nothing is to be put in order yet, if the user stops the command while the libraries are loaded.
+if (
+    Path(sys.argv[0]).stem == Path(__file__).stem
+    and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -217,8 +222,13 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FITS_MAGIC = (b"SIMPLE", b"\x1f\x8b", b"BZh")
 COMPRESS_MAGIC = b"\x1f\x9d"
 
-# What astropy remarks on that changes no pixel.
-COSMETIC = re.compile("non-ASCII characters|trailing END keyword|only applicable to integer data")
+# What astropy remarks on that changes no pixel; ESO-LOG cards tell what the telescope did.
+COSMETIC = re.compile(
+    "non-ASCII characters|trailing END keyword|only applicable to integer data|convention: ESO-LOG"
+)
+
+# What tifffile begins its remarks with.
+REPR = re.compile(r"^<tifffile\.[^>]*> ")
 
 # The last card of a FITS header, which some fill with other bytes than blanks.
 END = re.compile(rb"END(?![A-Z0-9_-])")
@@ -337,7 +347,7 @@ def passing_on_remarks(path):
     remarks, logger = [], logging.getLogger("tifffile")
 
     def keep(record):
-        remarks.append(one_line(record.getMessage()))
+        remarks.append(REPR.sub("", one_line(record.getMessage())))
 
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -3098,7 +3108,7 @@ def check_usage(args):
     for product, path in product_paths(args).items():
         option, real = option_of(product), os.path.realpath(path)
         if real in taken:
-            return f"{option} {path}: another option names this file already"
+            return f"{option} {path}: the image or another option names this file already"
         if os.path.exists(path) and not os.path.isfile(path):
             return f"{option} {path}: not a regular file"
         taken.add(real)

@@ -93,10 +93,14 @@ def test_a_user_whom_the_machine_does_not_know_needs_no_home(write, stars, tmp_p
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_user_may_stop_it_while_it_is_loaded(tmp_path):
+@pytest.mark.parametrize(
+    "command", [[sys.executable, SCRIPT], [Path(sys.executable).with_name("source_extractor")]]
+)
+def test_a_user_may_stop_it_while_it_is_loaded(tmp_path, command):
     code = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
     (tmp_path / "sep.py").write_text(code)
-    done = start("image.fits", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
