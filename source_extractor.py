@@ -30,11 +30,13 @@ import bz2
 import gc
 import gzip
 import io
+import itertools
 import logging
 import lzma
 import math
 import mmap
 import multiprocessing
+import operator
 import os
 import re
 import resource
@@ -50,9 +52,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import count, groupby, islice
 from multiprocessing.connection import wait
-from operator import index, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -236,21 +236,25 @@ END = re.compile(rb"END(?![A-Z0-9_-])")
 # A card that says how large a FITS HDU is.
 SIZE = re.compile(rb"(BITPIX|NAXIS\d*|PCOUNT|GCOUNT|TFIELDS|ZNAXIS\d*|ZTILE\d+) *= *([+-]?\d+)")
 
+# The card of random groups, in which NAXIS1 = 0 doesn't mean that there are no data.
+GROUPS = re.compile(rb"GROUPS *= *T")
+
 # CTYPE of an axis of the sky.
 CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")
 
-# The least that an image takes: itself, its background, and its map of labels.
+# The memory that must be allowed for a pixel: of the image, its background, and its map of labels.
 BYTES_A_PIXEL = 12
 
 # The most that reading may take: to open any file, and for each of its pixels.
 SECONDS_TO_OPEN, SECONDS_A_PIXEL = 20, 5e-6
 BYTES_TO_OPEN, BYTES_TO_DECODE_A_PIXEL = 5 * 10**8, 32
 
-# The most cards of a FITS header, and of a value in it; bytes of a packed file to unpack at a time.
+# The most cards of a FITS header, and of a value in it.
 MOST_CARDS = 360_000
 MOST_CONTINUED = 1000
-MOST_HDUS_TOLD = 20
-UNPACKED_PIECE = 2**24
+
+UNPACKED_PIECE = 2**24  # bytes of a packed file to unpack at a time
+MOST_HDUS_TOLD = 20  # in a message
 
 
 @dataclass(frozen=True)
@@ -327,18 +331,18 @@ def reading(path, kind, pixels=0):
     Little but calls of libraries belongs into it: our own faults would be called damage. For what
     it may take see `bounded`.
     """
-    try:
-        with bounded(pixels):
+    with bounded(pixels):
+        try:
             yield
-    except InputError:
-        raise
-    except MemoryError:
-        text = "not enough memory to read this image, or it is damaged and asks for too much"
-        raise InputError(f"{path.name}: {text}") from None
-    except (Exception, TooLong) as error:
-        reason = one_line(error) or type(error).__name__
-        text = f"damaged, cut short, or no {kind} that can be read ({reason}); get the file again"
-        raise InputError(f"{path.name}: {text}") from error
+        except InputError:
+            raise
+        except MemoryError:
+            text = "not enough memory to read this image, or it is damaged and asks for too much"
+            raise InputError(f"{path.name}: {text}") from None
+        except (Exception, TooLong) as error:
+            reason = one_line(error) or type(error).__name__
+            text = f"damaged, cut short, or no {kind} that can be read ({reason})"
+            raise InputError(f"{path.name}: {text}; get the file again") from error
 
 
 @contextmanager
@@ -429,12 +433,12 @@ def choose_plane(stack, plane, lone_serves_all):
             choice = "the image has only one; give one for it"
         planes = "1 plane" if count == 1 else f"{count} planes"
         raise InputError(f"{name}: {planes} in axes ({layout}); {choice}")
-    needed = LEAST_MEMORY + BYTES_A_PIXEL * rows * columns
+    needed = BYTES_A_PIXEL * rows * columns
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > min(present, allowed(resource.RLIMIT_AS)):
+    if needed > min(present, allowed(resource.RLIMIT_AS) - LEAST_MEMORY):
         raise InputError(
-            f"{name}: {columns} x {rows} pixels need {needed / 1e9:.1f} GB of memory, which are "
-            "not there, or not allowed (ulimit -v); cut the image into parts"
+            f"{name}: {columns} x {rows} pixels need {(LEAST_MEMORY + needed) / 1e9:.1f} GB of "
+            "memory, which are not there, or not allowed (ulimit -v); cut the image into parts"
         )
     return plane
 
@@ -445,20 +449,15 @@ def open_fits(path, hdu):
     with unpacked(path) as file:
         for _ in headers(path, file):  # refuses what can't be true
             pass
-        try:
-            with reading(path, "FITS"):
-                # uint=False: else astropy ignores BLANK in unsigned integers.
-                hdus = fits.open(file, memmap=False, uint=False)
-                chosen = find_hdu(path, hdus, hdu)
-                number, name = hdus.index_of(chosen), chosen.name
-                if value_of(chosen.header, "BZERO") == 2**63:  # else rounded to multiples of 1024
-                    chosen = fits.open(file, memmap=False, uint=True)[number]
-                header, shape = chosen.header, tuple(map(index, chosen.shape))
-                dtype = fits.BITPIX2DTYPE[header["BITPIX"]]
-                chosen.section[(0,) * len(shape)]  # what can't be scaled fails here
-        except InputError:
-            require_scaling(path, file)
-            raise
+        with blaming_scaling(path, file), reading(path, "FITS"):
+            # uint=False: else astropy ignores BLANK in unsigned integers.
+            hdus = fits.open(file, memmap=False, uint=False)
+            chosen = find_hdu(path, hdus, hdu)
+            number, name = hdus.index_of(chosen), chosen.name
+            if value_of(chosen.header, "BZERO") == 2**63:  # else rounded to multiples of 1024
+                chosen = fits.open(file, memmap=False, uint=True)[number]
+            header, shape = chosen.header, tuple(map(operator.index, chosen.shape))
+            dtype = fits.BITPIX2DTYPE[header["BITPIX"]]
         numbers = [len(shape) - axis for axis in range(len(shape))]
         axes = [str(value_of(header, f"CTYPE{n}") or f"NAXIS{n}") for n in numbers]
         long_axes = [axis for axis, length in enumerate(shape) if length > 1]
@@ -471,7 +470,7 @@ def open_fits(path, hdu):
             cuts = [int(place) for place in np.unravel_index(plane, lengths)]
             first, last = image_axes
             cuts[last] = slice(None)
-            with reading(path, "FITS", math.prod(shape)):
+            with blaming_scaling(path, file), reading(path, "FITS", math.prod(shape)):
                 if last == len(shape) - 1:
                     cuts[first] = slice(None)
                     data = chosen.section[tuple(cuts)]
@@ -547,7 +546,7 @@ def headers(path, file):
     the file, and takes a time that is quadratic in the CONTINUE cards of a CTYPE.
     """
     end = 0
-    for number in count():
+    for number in itertools.count():
         file.seek(end)
         sizes, cards = {"NAXIS": 0, "BITPIX": 8, "PCOUNT": 0, "GCOUNT": 1}, []
         while not any(map(END.match, cards[-36:])):
@@ -565,12 +564,13 @@ def headers(path, file):
             if (value > 999 and many) or (value < 0 and key != b"BITPIX"):
                 text = f"{key.decode()} of HDU {number} can't be {value}; get the file again"
                 raise InputError(f"{path.name}: {text}")
-        runs = groupby(cards, key=lambda card: card.startswith(b"CONTINUE"))
+        runs = itertools.groupby(cards, key=lambda card: card.startswith(b"CONTINUE"))
         if max((len(list(run)) for goes_on, run in runs if goes_on), default=0) > MOST_CONTINUED:
             text = f"a value in header {number} goes on over more than {MOST_CONTINUED} cards"
             raise InputError(f"{path.name}: {text}; get the file again")
         axes = [sizes.get(f"NAXIS{axis + 1}", 0) for axis in range(sizes["NAXIS"])]
-        values = math.prod(axes[1:] if axes[:1] == [0] else axes) if axes else 0
+        grouped = axes[:1] == [0] and any(map(GROUPS.match, cards))
+        values = math.prod(axes[1:] if grouped else axes) if axes else 0
         size = abs(sizes["BITPIX"]) // 8 * sizes["GCOUNT"] * (sizes["PCOUNT"] + values)
         if size > 2**62:
             raise InputError(
@@ -580,17 +580,21 @@ def headers(path, file):
         yield cards, end
 
 
-def require_scaling(path, file):
-    """Refuse a FITS file in which what scales the pixels is no number: astropy won't read it."""
-    scaling = ("BSCALE", "BZERO", "BLANK")
-    for cards, _ in headers(path, file):
-        for card in cards:
-            key = card[:8].decode("latin-1").rstrip()
-            if key in scaling and math.isnan(number_of(fits.Header.fromstring(card), key)):
-                text = one_line(card[9:].decode("latin-1"))
-                raise InputError(
-                    f"{path.name}: {key} can't be read ({text!r}); correct it in the header"
-                )
+@contextmanager
+def blaming_scaling(path, file):
+    """Refuse a FITS file for what scales its pixels, if that is no number: astropy won't say so."""
+    try:
+        yield
+    except InputError:
+        scaling = ("BSCALE", "BZERO", "BLANK")
+        for cards, _ in headers(path, file):
+            for card in cards:
+                key = card[:8].decode("latin-1").rstrip()
+                if key in scaling and math.isnan(number_of(fits.Header.fromstring(card), key)):
+                    told = one_line(card[9:].decode("latin-1"))
+                    text = f"{key} can't be read ({told!r}); correct it in the header"
+                    raise InputError(f"{path.name}: {text}") from None
+        raise
 
 
 def value_of(header, key):
@@ -746,31 +750,23 @@ def open_tiff(path, hdu):
 
         def cut(plane):
             with reading(path, "TIFF", math.prod(shape)):
-                place, depth = series.dataoffset, len(shape) - page.ndim
-                planes_a_page = math.prod(page.shape) // (
-                    shape[image_axes[0]] * shape[image_axes[1]]
-                )
-                by_page = (
-                    (place is None or planes_a_page == 1)
-                    and depth <= min(image_axes)
-                    and shape[depth:] == page.shape
-                    and len(series.pages) == math.prod(shape[:depth])
-                    and not series.is_truncated
-                )
-                number, within = divmod(plane, planes_a_page) if by_page else (0, plane)
-                pages = [series.pages[number]] if by_page else list(series.pages)
+                held = planes_a_page(series, image_axes)
+                place = None if held == 1 else series.dataoffset
+                by_page = held and place is None
+                pages = [series.pages[plane // held]] if by_page else list(series.pages)
                 if None in pages:
-                    text = f"plane {plane} is in another file of its set; give that one instead"
+                    text = f"plane {plane} isn't in it; give another file of its set, if it is one"
                     raise InputError(f"{path.name}: {text}")
+                # One process is to read: threads would take memory, and processors of others.
                 if by_page:
-                    pixels = pages[0].asarray()
+                    pixels, plane = pages[0].asarray(maxworkers=1), plane % held
                 elif place is None:
-                    pixels = series.asarray()
+                    pixels = series.asarray(maxworkers=1)
                 else:
                     dtype = tiff.byteorder + series.dtype.char
                     pixels = np.memmap(path, dtype, "r", place, shape)
                 planes = np.moveaxis(pixels, [axis - len(shape) for axis in image_axes], (-2, -1))
-            return planes[np.unravel_index(within, planes.shape[:-2])]
+                return planes[np.unravel_index(plane, planes.shape[:-2])]
 
         origin = Origin(
             name=f"{path.name}[{number}]" if last else path.name,
@@ -781,6 +777,16 @@ def open_tiff(path, hdu):
             product=product_told(description),
         )
         yield Stack(origin, list(axes), shape, image_axes, cut)
+
+
+def planes_a_page(series, image_axes):
+    """Return how many planes each page of a series holds, 0 unless each holds whole ones."""
+    page, shape = series.keyframe, series.shape
+    depth = len(shape) - page.ndim
+    whole = shape[depth:] == page.shape and depth <= min(image_axes)
+    if not whole or series.is_truncated or len(series.pages) != math.prod(shape[:depth]):
+        return 0
+    return page.size // math.prod(shape[axis] for axis in image_axes)
 
 
 def product_told(history):
@@ -1481,7 +1487,7 @@ def share(jobs, threads):
         return
     crew, done, numbers = {}, {}, iter(range(len(jobs)))
     try:
-        for number in islice(numbers, threads):
+        for number in itertools.islice(numbers, threads):
             with together():
                 process, connection = hire(jobs, crew)
                 crew[connection] = process
@@ -1491,7 +1497,7 @@ def share(jobs, threads):
                 for connection in wait(crew):
                     with together():
                         done |= connection.recv()
-                        for following in islice(numbers, 1):
+                        for following in itertools.islice(numbers, 1):
                             connection.send(following)
             if isinstance(done[number], Exception):
                 raise done[number]
@@ -1503,14 +1509,16 @@ def share(jobs, threads):
 
 
 def outlive(job):
-    """Do a job in a process of its own, which ends it even if this one is killed."""
+    """Do a job in a process of its own, which goes on with it even if this one is killed.
+
+    If that one is killed, the job is done here, over what of it is done already.
+    """
     try:
         process, connection = hire([job], {})
-    except OSError:  # none can be had
-        return job()
-    with together():
         connection.send(0)
         result = connection.recv()[0]
+    except (EOFError, OSError):  # none can be had, or it was killed
+        return job()
     connection.close()
     process.join()
     if isinstance(result, Exception):
@@ -1534,12 +1542,12 @@ def hire(jobs, crew):
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(jobs, there, [here, *crew]))
     # A signal that came before the process has its own handlers would undo what this one staged.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         with warnings.catch_warnings(action="ignore"):  # of the threads that numpy keeps for itself
             process.start()
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     there.close()
     return process, here
 
@@ -1979,7 +1987,8 @@ def survive_cleaning(objects, profiles, beta):
         eating.append(np.array([i, j, eaten])[:, eats])
     eating = np.hstack(eating)
     alive = np.ones(len(objects), bool)
-    for i, own in groupby(eating[:, np.lexsort(eating[1::-1])].T.tolist(), key=itemgetter(0)):
+    in_turn = eating[:, np.lexsort(eating[1::-1])].T.tolist()
+    for i, own in itertools.groupby(in_turn, key=operator.itemgetter(0)):
         if alive[i]:
             for _, j, eaten in own:
                 alive[eaten] &= not alive[j]
@@ -2852,6 +2861,8 @@ def staged(targets):
                 make(part.kept.parent)
                 path.touch(exist_ok=False)
         yield parts
+        if signals_heeded:  # and a library went on all the same
+            sys.exit(128 + signals_heeded[0])
         with stopping_by(signal.SIG_IGN):
             outlive(partial(put_in_place, list(parts.values())))
     finally:
@@ -2860,12 +2871,13 @@ def staged(targets):
 
 
 def put_in_place(parts):
-    """Put all parts in place; if one can't be, put back what was there, and was kept."""
-    for part in parts:
+    """Put all parts in place that aren't yet; if one can't be, put back what was kept of all."""
+    waiting = [part for part in parts if part.path.exists()]
+    for part in waiting:
         with suppress(OSError):  # nothing is there, or it is a file system without links
             os.link(part.target, part.kept, follow_symlinks=False)
     try:
-        for part in parts:
+        for part in waiting:
             with part.writing() as path:
                 if os.path.lexists(part.target) and not os.path.lexists(part.kept):
                     part.target.replace(part.kept)
@@ -3425,7 +3437,10 @@ def stop_later(unraisable):
 
 
 def main(argv=None):
-    """Run the tool on command line arguments; return its exit code: 0, or 1 if it failed."""
+    """Run the tool on command line arguments; return its exit code: 0, or 1 if it failed.
+
+    Wrong arguments (2) and signals (128 and their number) raise a SystemExit.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -3448,10 +3463,10 @@ def main(argv=None):
         log.debug(traceback.format_exc())
         reason = f"{type(error).__name__}: {one_line(error)}"
         problem = f"{args.image}: a fault of the tool ({reason}); report it with what -v tells"
-    else:
-        return 0
-    if signals_heeded:  # of which C code may have made another error
+    if signals_heeded:  # of which a library may have made another error, or none
         sys.exit(128 + signals_heeded.pop())
+    if not problem:
+        return 0
     print(f"{PROG}: error: {problem}", file=sys.stderr)
     return 1
 

@@ -221,10 +221,29 @@ source_extractor.command()
 """
 
 
+KILLED_WHERE_NO_ERROR_COUNTS = """
+import os, signal, sys
+import source_extractor
+
+def kill_and_go_on(*args, **kwargs):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        return find_sources(*args, **kwargs)
+
+find_sources = source_extractor.find_sources
+source_extractor.find_sources = kill_and_go_on
+source_extractor.command()
+"""
+
+
 @pytest.mark.parametrize(
     "code",
-    [KILLED_TWICE, KILLED_IN_A_CALLBACK, KILLED_IN_C],
-    ids=["and while it clears up", "where nothing can be raised", "where another error is made"],
+    [KILLED_TWICE, KILLED_IN_A_CALLBACK, KILLED_IN_C, KILLED_WHERE_NO_ERROR_COUNTS],
+    ids=[
+        *("and while it clears up", "where nothing can be raised", "where another error is made"),
+        "where no error counts",
+    ],
 )
 def test_a_kill_is_not_lost_and_leaves_nothing(write, stars, tmp_path, code):
     image = write(stars)
@@ -263,6 +282,37 @@ def test_a_kill_while_products_are_put_in_place_leaves_all_new_ones(write, stars
     after = {name: content for name, content in tree(old).items() if not name.startswith(".")}
     assert after.keys() == set(NINE)
     assert not any(content.startswith(b"old") for content in after.values())
+
+
+HELPER_KILLED = """
+import itertools, os, signal, sys
+import source_extractor
+
+name, number = sys.argv[1], int(sys.argv[2])
+act, parent, acts = getattr(os, name), os.getpid(), itertools.count(1)
+
+def act_and_die(*args, **kwargs):
+    act(*args, **kwargs)
+    if os.getpid() != parent and next(acts) == number:
+        print("killed", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(os, name, act_and_die)
+sys.exit(source_extractor.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("act", ["link", "replace", "unlink"])
+@pytest.mark.parametrize("number", ["1", "4", "9"])
+def test_what_a_killed_process_began_to_put_in_place_is_finished(write, stars, old, act, number):
+    image = write(stars)
+    command = [sys.executable, "-c", HELPER_KILLED, act, number, image, "-q", *all_nine(old)]
+    done = subprocess.run(
+        command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "killed\n", "")
+    assert tree(old).keys() == set(NINE)
+    assert not any(content.startswith(b"old") for content in tree(old).values())
 
 
 def test_sigkill_leaves_one_hidden_directory_which_is_in_nobodys_way(write, stars, old, tmp_path):

@@ -749,7 +749,7 @@ def test_a_plane_in_another_file_of_an_ome_set_is_refused_and_that_file_not_read
         text = OME.format(0).replace("c1.tif", name)
         tifffile.imwrite(tmp_path / "c0.tif", planes[0], description=text, metadata=None)
         result = run(tmp_path / "c0.tif", "--plane", 1)
-        result.assert_refused("plane 1 is in another file of its set")
+        result.assert_refused("plane 1 isn't in it; give another file of its set")
         assert "damaged" not in result.err
 
 

@@ -244,7 +244,7 @@ def disk(directory, size):
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory]
     mounted = size and not subprocess.run(mount, capture_output=True, check=False).returncode
     try:
-        yield
+        yield mounted
     finally:
         if mounted:
             subprocess.run(["umount", "--lazy", directory], check=True)
@@ -252,11 +252,13 @@ def disk(directory, size):
 
 @cache
 def unharmed(arguments, image):
-    """Return the products of a run without a fault, and its seconds."""
+    """Return the products of a run without a fault, which must succeed, and its seconds."""
     with scratch() as directory:
         (directory / arguments[0]).write_bytes(image)
-        seconds = run(arguments, directory).seconds
-        return tree(directory / "products"), seconds
+        end = run(arguments, directory)
+        if end.status:
+            raise RuntimeError((directory / "stderr").read_text())
+        return tree(directory / "products"), end.seconds
 
 
 def run_with_fault(case, rng, directory):
@@ -264,7 +266,7 @@ def run_with_fault(case, rng, directory):
     products, image = directory / "products", (directory / case.arguments[0]).read_bytes()
     new, seconds = unharmed(tuple(case.arguments), image)
     old = dict.fromkeys(new, b"old")
-    with disk(products, case.disk):
+    with disk(products, case.disk) as mounted:
         for name, content in old.items():
             (products / name).write_bytes(content)
         stop = case.stop and (case.stop, rng.uniform(0, 1.05) * seconds)
@@ -273,6 +275,8 @@ def run_with_fault(case, rng, directory):
             time.sleep(0.2)  # what puts the products in place goes on
         stages = STAGE.findall((directory / "stdout").read_text())
         kind = f"{case.kind} after {stages[-1] if stages else 'nothing'}"
+        if case.disk and not mounted:
+            kind = "disk that could not be mounted"
         now = tree(products)
         hidden = {name.partition("/")[0] for name in now if name.startswith(".")}
         seen = {name: content for name, content in now.items() if not name.startswith(".")}
@@ -339,7 +343,7 @@ def run(arguments, directory, limits=None, stop=None):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     while True:
         done, status, used = os.wait4(child, os.WNOHANG)
         seconds = time.monotonic() - start
@@ -353,7 +357,7 @@ def run(arguments, directory, limits=None, stop=None):
             os.waitpid(child, 0)
             return End("hang", seconds, 0)
         time.sleep(0.002)
-    peak = 1024 * (used.ru_maxrss - before)
+    peak = 1024 * used.ru_maxrss - before
     if os.WIFSIGNALED(status):
         return End(f"signal {os.WTERMSIG(status)}", seconds, peak)
     return End(os.WEXITSTATUS(status), seconds, peak)
@@ -379,7 +383,9 @@ def is_sound(product, path):
     """Tell if a product can be read."""
     match product:
         case "catalog":
-            return len({line.count("\t") for line in path.read_text().splitlines()}) == 1
+            text = path.read_text()
+            rows = {line.count("\t") for line in text.splitlines()}
+            return text.startswith("id\t") and len(rows) == 1
         case "regions":
             return path.read_text().startswith("# Region file format: DS9")
         case "overlay" | "overview":
