@@ -57,7 +57,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 PROG = "source_extractor.py"
-LEAST_MEMORY = 4 * 10**8  # bytes, for all but the image
+
+# Bytes that each limit of memory (ulimit -v, -d) must allow for all but the image.
+LEAST_MEMORY = {resource.RLIMIT_AS: 4 * 10**8, resource.RLIMIT_DATA: 10**8}
 
 
 def allowed(limit):
@@ -66,11 +68,14 @@ def allowed(limit):
     return math.inf if most == resource.RLIM_INFINITY else most
 
 
+def allowed_for_the_image():
+    """Return how many bytes the limits of memory leave to what depends on the image."""
+    return min(allowed(limit) - least for limit, least in LEAST_MEMORY.items())
+
+
 # The libraries can't be loaded with less, and say so each in its way, or crash.
-if allowed(resource.RLIMIT_AS) < LEAST_MEMORY:
-    sys.exit(
-        f"{PROG}: error: {LEAST_MEMORY} bytes of memory are needed; raise the limit (ulimit -v)"
-    )
+if allowed_for_the_image() < 0:
+    sys.exit(f"{PROG}: error: too little memory is allowed; raise the limit (ulimit -v, -d)")
 # Else each core takes 40 MB of that for products of large matrices, of which there are none here.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "agg"
@@ -246,13 +251,14 @@ CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")
 BYTES_A_PIXEL = 12
 
 # The most that reading may take: to open any file, and for each of its pixels.
-SECONDS_TO_OPEN, SECONDS_A_PIXEL = 20, 5e-6
+SECONDS_TO_OPEN, SECONDS_A_PIXEL = 15, 5e-6
 BYTES_TO_OPEN, BYTES_TO_DECODE_A_PIXEL = 5 * 10**8, 32
 
 # The most cards of a FITS header, and of a value in it.
 MOST_CARDS = 360_000
 MOST_CONTINUED = 1000
 
+MOST_SIP_ORDER = 20  # of its polynomials, which have as many as 9 in use
 UNPACKED_PIECE = 2**24  # bytes of a packed file to unpack at a time
 MOST_HDUS_TOLD = 20  # in a message
 
@@ -295,11 +301,11 @@ def first_bytes(path, size):
 
 
 class TooLong(BaseException):
-    """No `Exception`, as libraries put up with those, and go on."""
+    """Reading takes too long; no `Exception`, as libraries put up with those, and go on."""
 
 
 def end_reading(*_):
-    raise TooLong("takes more time than any image of its size")
+    raise TooLong("takes more time to read than any image of its size")
 
 
 @contextmanager
@@ -339,7 +345,7 @@ def reading(path, kind, pixels=0):
         except MemoryError:
             text = "not enough memory to read this image, or it is damaged and asks for too much"
             raise InputError(f"{path.name}: {text}") from None
-        except (Exception, TooLong) as error:
+        except Exception as error:
             reason = one_line(error) or type(error).__name__
             text = f"damaged, cut short, or no {kind} that can be read ({reason})"
             raise InputError(f"{path.name}: {text}; get the file again") from error
@@ -411,6 +417,8 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
                     f"{stack.origin.name}: not all pixels are there; get the file again"
                 )
             return stack.origin, pixels.reshape(shape)
+    except TooLong as error:
+        raise InputError(f"{path.name}: {error}; get the file again") from error
     except OSError as error:  # of the file itself, not of what a library makes of it
         raise InputError(f"{path}: {error.strerror}") from error
 
@@ -435,20 +443,36 @@ def choose_plane(stack, plane, lone_serves_all):
         raise InputError(f"{name}: {planes} in axes ({layout}); {choice}")
     needed = BYTES_A_PIXEL * rows * columns
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > min(present, allowed(resource.RLIMIT_AS) - LEAST_MEMORY):
+    if needed > min(present, allowed_for_the_image()):
         raise InputError(
-            f"{name}: {columns} x {rows} pixels need {(LEAST_MEMORY + needed) / 1e9:.1f} GB of "
-            "memory, which are not there, or not allowed (ulimit -v); cut the image into parts"
+            f"{name}: {columns} x {rows} pixels need {needed / 1e9:.1f} GB of memory, which are "
+            "not there, or not allowed (ulimit -v, -d); cut the image into parts"
         )
     return plane
+
+
+def cut_plane(read, shape, image_axes, plane, at_once):
+    """Return a plane of a stack of this shape, of which `read` gives what is at some indices.
+
+    It is read at once, or by rows, of which what isn't of the plane is given up again.
+    """
+    first, last = image_axes
+    lengths = [1 if axis in image_axes else n for axis, n in enumerate(shape)]
+    cuts = [int(place) for place in np.unravel_index(plane, lengths)]
+    cuts[first] = cuts[last] = slice(None)
+    if at_once:
+        return read(tuple(cuts))
+    before, after = cuts[:first], tuple(cuts[first + 1 :])
+    return np.stack([read((*before, y))[after].copy() for y in range(shape[first])])
 
 
 @contextmanager
 def open_fits(path, hdu):
     """Open a FITS file as a `Stack`; image axes: those of the sky, or the last longer than 1."""
     with unpacked(path) as file:
-        for _ in headers(path, file):  # refuses what can't be true
-            pass
+        with bounded():
+            for _ in headers(path, file):  # refuses what can't be true
+                pass
         with blaming_scaling(path, file), reading(path, "FITS"):
             # uint=False: else astropy ignores BLANK in unsigned integers.
             hdus = fits.open(file, memmap=False, uint=False)
@@ -457,6 +481,7 @@ def open_fits(path, hdu):
             if value_of(chosen.header, "BZERO") == 2**63:  # else rounded to multiples of 1024
                 chosen = fits.open(file, memmap=False, uint=True)[number]
             header, shape = chosen.header, tuple(map(operator.index, chosen.shape))
+            packed = isinstance(chosen, fits.CompImageHDU)
             dtype = fits.BITPIX2DTYPE[header["BITPIX"]]
         numbers = [len(shape) - axis for axis in range(len(shape))]
         axes = [str(value_of(header, f"CTYPE{n}") or f"NAXIS{n}") for n in numbers]
@@ -466,18 +491,9 @@ def open_fits(path, hdu):
             image_axes = long_axes[-2:] if len(long_axes) > 1 else [len(shape) - 2, len(shape) - 1]
 
         def cut(plane):
-            lengths = [1 if axis in image_axes else n for axis, n in enumerate(shape)]
-            cuts = [int(place) for place in np.unravel_index(plane, lengths)]
-            first, last = image_axes
-            cuts[last] = slice(None)
             with blaming_scaling(path, file), reading(path, "FITS", math.prod(shape)):
-                if last == len(shape) - 1:
-                    cuts[first] = slice(None)
-                    data = chosen.section[tuple(cuts)]
-                else:  # row by row: astropy would read it a pixel at a time
-                    before, after = cuts[:first], tuple(cuts[first + 1 :])
-                    rows = range(shape[first])
-                    data = np.stack([chosen.section[(*before, y)][after] for y in rows])
+                at_once = packed or image_axes[1] == len(shape) - 1
+                data = cut_plane(chosen.section.__getitem__, shape, image_axes, plane, at_once)
             if data.dtype == np.uint64 and not math.isnan(blank := number_of(header, "BLANK")):
                 data = np.where(data == blank + 2**63, np.nan, data)
             return data
@@ -521,7 +537,10 @@ def unpacked(path):
 
 
 def unpack(path, packed, copy):
-    """Unpack a FITS file; refuse what goes on and on after the data that its headers tell of."""
+    """Unpack a FITS file; refuse what goes on and on after the data that its headers tell of.
+
+    The headers are read anew when there is twice as much of it.
+    """
     enough = 0
     while True:
         with reading(path, "FITS"):
@@ -530,12 +549,13 @@ def unpack(path, packed, copy):
             return
         copy.write(piece)
         if copy.tell() > enough:
-            told = max((end for _, end in headers(path, copy)), default=0)
+            with bounded():
+                told = max((end for _, end in headers(path, copy)), default=0)
             copy.seek(0, os.SEEK_END)
-            enough = told + 4 * UNPACKED_PIECE
-            if copy.tell() > enough:
+            if copy.tell() > told + 4 * UNPACKED_PIECE:
                 text = f"goes on beyond the {told} bytes that its headers tell of"
                 raise InputError(f"{path.name}: {text}; get the file again")
+            enough = max(told + 4 * UNPACKED_PIECE, 2 * copy.tell())
 
 
 def headers(path, file):
@@ -587,8 +607,8 @@ def blaming_scaling(path, file):
         yield
     except InputError:
         scaling = ("BSCALE", "BZERO", "BLANK")
-        for cards, _ in headers(path, file):
-            for card in cards:
+        with bounded():
+            for card in itertools.chain.from_iterable(cards for cards, _ in headers(path, file)):
                 key = card[:8].decode("latin-1").rstrip()
                 if key in scaling and math.isnan(number_of(fits.Header.fromstring(card), key)):
                     told = one_line(card[9:].decode("latin-1"))
@@ -683,6 +703,9 @@ def problem_of_wcs(header, axes, matrix):
     for key in filter(needed.match, header):
         if math.isnan(number_of(header, key)):  # wcslib takes it for absent
             return f"{key} can't be read"
+    for key in ("A_ORDER", "B_ORDER", "AP_ORDER", "BP_ORDER"):
+        if number_of(header, key) > MOST_SIP_ORDER:
+            return f"{key} is over {MOST_SIP_ORDER}"
     # astropy mends a matrix of zeros, as uncalibrated frames have it, to a degree a pixel.
     blank = [value_of(header, f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
     if blank or not np.linalg.cond(matrix) < 1e8:
@@ -748,23 +771,28 @@ def open_tiff(path, hdu):
             numbered = palette and bool((np.diff(page.colormap.astype(int)) < 0).any())
             black, description = (1 << page.bitspersample) - 1 if white else None, page.description
 
+        def read(indices):
+            rest = shape[len(indices) :]
+            dtype = np.dtype(tiff.byteorder + series.dtype.char)
+            size, before = math.prod(rest) * dtype.itemsize, shape[: len(indices)]
+            file.seek(series.dataoffset + size * int(np.ravel_multi_index(indices, before)))
+            return np.frombuffer(file.read(size), dtype).reshape(rest)
+
         def cut(plane):
             with reading(path, "TIFF", math.prod(shape)):
                 held = planes_a_page(series, image_axes)
-                place = None if held == 1 else series.dataoffset
-                by_page = held and place is None
-                pages = [series.pages[plane // held]] if by_page else list(series.pages)
+                raw = series.dataoffset is not None and image_axes[0] < image_axes[1] and held != 1
+                pages = [series.pages[plane // held]] if held and not raw else list(series.pages)
                 if None in pages:
                     text = f"plane {plane} isn't in it; give another file of its set, if it is one"
                     raise InputError(f"{path.name}: {text}")
+                if raw:
+                    return cut_plane(read, shape, image_axes, plane, at_once=False)
                 # One process is to read: threads would take memory, and processors of others.
-                if by_page:
+                if held:
                     pixels, plane = pages[0].asarray(maxworkers=1), plane % held
-                elif place is None:
-                    pixels = series.asarray(maxworkers=1)
                 else:
-                    dtype = tiff.byteorder + series.dtype.char
-                    pixels = np.memmap(path, dtype, "r", place, shape)
+                    pixels = series.asarray(maxworkers=1)
                 planes = np.moveaxis(pixels, [axis - len(shape) for axis in image_axes], (-2, -1))
                 return planes[np.unravel_index(plane, planes.shape[:-2])]
 
@@ -1449,7 +1477,7 @@ LONG = 16  # the fewest jobs of which a terminal is shown the progress
 # What ends a process in good order.
 STOPS = (
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU),
-    *(signal.SIGUSR1, signal.SIGUSR2),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM),
 )
 
 
@@ -3432,7 +3460,8 @@ def stop_later(unraisable):
     if isinstance(unraisable.exc_value, SystemExit):
         signal.signal(signal.SIGALRM, partial(stop, unraisable.exc_value.code - 128))
         signal.setitimer(signal.ITIMER_REAL, 0.01)
-    elif not isinstance(unraisable.exc_value, MemoryError | TooLong):  # which comes again
+    # Others come again; an OSError tells of a signal that came just before it was ignored.
+    elif not isinstance(unraisable.exc_value, MemoryError | TooLong | OSError):
         sys.__unraisablehook__(unraisable)
 
 

@@ -146,7 +146,7 @@ sys.exit(source_extractor.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", ["TERM", "INT", "HUP", "QUIT", "XCPU", "USR1", "USR2"])
+@pytest.mark.parametrize("number", ["TERM", "INT", "HUP", "QUIT", "XCPU", "USR1", "USR2", "ALRM"])
 def test_a_run_that_is_killed_leaves_everything_as_it_was(write, stars, old, tmp_path, number):
     number = signal.Signals[f"SIG{number}"]
     image = write(stars)
@@ -237,12 +237,33 @@ source_extractor.command()
 """
 
 
+KILLED_BY_TWO_AT_ONCE = """
+import os, signal, sys
+import source_extractor
+
+def kill(*args, **kwargs):
+    signal.pthread_sigmask(signal.SIG_BLOCK, source_extractor.STOPS)
+    for number in (signal.SIGTERM, signal.SIGXCPU):
+        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, source_extractor.STOPS)
+
+source_extractor.build_field = kill
+source_extractor.command()
+"""
+
+
 @pytest.mark.parametrize(
     "code",
-    [KILLED_TWICE, KILLED_IN_A_CALLBACK, KILLED_IN_C, KILLED_WHERE_NO_ERROR_COUNTS],
+    [
+        KILLED_TWICE,
+        KILLED_IN_A_CALLBACK,
+        KILLED_IN_C,
+        KILLED_WHERE_NO_ERROR_COUNTS,
+        KILLED_BY_TWO_AT_ONCE,
+    ],
     ids=[
         *("and while it clears up", "where nothing can be raised", "where another error is made"),
-        "where no error counts",
+        *("where no error counts", "by two signals"),
     ],
 )
 def test_a_kill_is_not_lost_and_leaves_nothing(write, stars, tmp_path, code):

@@ -40,7 +40,7 @@ def test_whatever_comes_ends_in_good_order(tmp_path, kind, seed, cases):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{cases} cases, 0 failed" in done.stdout
-    assert re.search(r": 0$", done.stdout, re.MULTILINE)
+    assert kind == "faults" or re.search(r": 0$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_kernel_file_without_end_is_not_read_to_its_end(run, write, stars, tmp
 
 
 @pytest.mark.parametrize(
-    ("kind", "megabytes"), [("AS", 100), ("AS", 300), ("AS", 500), ("DATA", 200)]
+    ("kind", "megabytes"), [("AS", 100), ("AS", 300), ("AS", 500), ("DATA", 200), ("DATA", 50)]
 )
 def test_a_limit_of_memory_costs_one_line(write, tmp_path, kind, megabytes):
     image = write(np.random.default_rng(0).normal(size=(4000, 4000)).astype(np.float32))
@@ -193,7 +193,7 @@ def test_what_takes_too_long_to_open_is_refused(run, write, stars, tmp_path, mon
     (tmp_path / "many.fits").write_bytes(content[:2880] + content[2880:] * 20_000)
     before = bounds()
     monkeypatch.setattr(source_extractor, "SECONDS_TO_OPEN", 0.1)
-    run(tmp_path / "many.fits").assert_refused("many.fits", "takes more time than any image")
+    run(tmp_path / "many.fits").assert_refused("many.fits", "takes more time to read")
     assert bounds() == before
     assert run(write(stars)).code == 0
 
@@ -204,11 +204,14 @@ def test_a_message_names_no_more_hdus_than_can_be_read(run, tmp_path):
     result.assert_refused("; 19 (no name): empty; and 481 more")
 
 
-def test_a_wcs_that_asks_for_any_memory_is_left_out(run, write, stars):
-    sip = {"A_ORDER": 30_000, "B_ORDER": 30_000, "A_2_0": 1e-9}
+@pytest.mark.parametrize(
+    ("order", "reason"), [(30_000, "Unable to allocate"), (100, "A_ORDER is over 20")]
+)
+def test_a_wcs_that_asks_for_any_memory_or_time_is_left_out(run, write, stars, order, reason):
+    sip = {"A_ORDER": order, "B_ORDER": order, "A_2_0": 1e-9, "B_2_0": 1e-9}
     result = run(write(stars, **cards("RA---TAN-SIP", "DEC--TAN-SIP", **sip)))
     assert result.code == 0
-    assert re.fullmatch(one_line("warning", ".*WCS can't be used.*"), result.err)
+    assert re.fullmatch(one_line("warning", f".*WCS can't be used.*{reason}.*"), result.err)
 
 
 def test_more_values_than_a_kernel_has_are_refused(run, write, stars, tmp_path):
