@@ -250,9 +250,9 @@ CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")
 # The memory that must be allowed for a pixel: of the image, its background, and its map of labels.
 BYTES_A_PIXEL = 12
 
-# The most that reading may take: to open any file, and for each of its pixels.
-SECONDS_TO_OPEN, SECONDS_A_PIXEL = 15, 5e-6
-BYTES_TO_OPEN, BYTES_TO_DECODE_A_PIXEL = 5 * 10**8, 32
+# The most that a step of reading may take: of any file, and beside for each of its pixels.
+SECONDS_A_STEP, SECONDS_A_PIXEL = 15, 5e-6
+BYTES_A_STEP, BYTES_TO_READ_A_PIXEL = 5 * 10**8, 32
 
 # The most cards of a FITS header, and of a value in it.
 MOST_CARDS = 360_000
@@ -310,18 +310,18 @@ def end_reading(*_):
 
 @contextmanager
 def bounded(pixels=0):
-    """Raise `TooLong` or MemoryError at what takes more than so many pixels of a file ever could.
+    """Raise `TooLong` or MemoryError at what takes more than so many pixels ever need.
 
     Files that lie of their size have a library count to 10^9, or ask for memory for that.
     """
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     with suppress(FileNotFoundError):  # only Linux tells how much is used
         used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        most = used + BYTES_TO_OPEN + BYTES_TO_DECODE_A_PIXEL * pixels
+        most = used + BYTES_A_STEP + BYTES_TO_READ_A_PIXEL * pixels
         most = min(most, allowed(resource.RLIMIT_DATA), 2**62)
         resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
     handler = signal.signal(signal.SIGPROF, end_reading)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS_TO_OPEN + SECONDS_A_PIXEL * pixels, 1)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS_A_STEP + SECONDS_A_PIXEL * pixels, 1)
     try:
         yield
     finally:
@@ -334,7 +334,7 @@ def bounded(pixels=0):
 def reading(path, kind, pixels=0):
     """Turn whatever a damaged file makes a library raise into an `InputError`.
 
-    Little but calls of libraries belongs into it: our own faults would be called damage. For what
+    Little but calls of libraries belongs in it: our own faults would be called damage. For what
     it may take see `bounded`.
     """
     with bounded(pixels):
@@ -445,16 +445,17 @@ def choose_plane(stack, plane, lone_serves_all):
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > min(present, allowed_for_the_image()):
         raise InputError(
-            f"{name}: {columns} x {rows} pixels need {needed / 1e9:.1f} GB of memory, which are "
-            "not there, or not allowed (ulimit -v, -d); cut the image into parts"
+            f"{name}: {columns} x {rows} pixels need {needed / 1e9:.1f} GB of memory, beside the "
+            "tool's own, which are not there, or not allowed (ulimit); cut the image into parts"
         )
     return plane
 
 
-def cut_plane(read, shape, image_axes, plane, at_once):
+def cut_plane(read, shape, image_axes, plane, *, at_once):
     """Return a plane of a stack of this shape, of which `read` gives what is at some indices.
 
-    It is read at once, or by rows, of which what isn't of the plane is given up again.
+    It is read at once; or else row by row, each with all that the later axes hold, of which only
+    the plane's part is kept.
     """
     first, last = image_axes
     lengths = [1 if axis in image_axes else n for axis, n in enumerate(shape)]
@@ -492,8 +493,10 @@ def open_fits(path, hdu):
 
         def cut(plane):
             with blaming_scaling(path, file), reading(path, "FITS", math.prod(shape)):
+                # Else astropy reads a pixel at a time; tiles it would unpack anew for each row.
                 at_once = packed or image_axes[1] == len(shape) - 1
-                data = cut_plane(chosen.section.__getitem__, shape, image_axes, plane, at_once)
+                read = chosen.section.__getitem__
+                data = cut_plane(read, shape, image_axes, plane, at_once=at_once)
             if data.dtype == np.uint64 and not math.isnan(blank := number_of(header, "BLANK")):
                 data = np.where(data == blank + 2**63, np.nan, data)
             return data
@@ -676,6 +679,9 @@ def celestial_wcs(path, hdus, header, axes):
     from astropy.wcs import WCS, Sip
 
     try:
+        for key in ("A_ORDER", "B_ORDER", "AP_ORDER", "BP_ORDER"):
+            if number_of(header, key) > MOST_SIP_ORDER:
+                raise ValueError(f"{key} is over {MOST_SIP_ORDER}")
         with warnings.catch_warnings(action="ignore"), bounded():
             wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
             if not wcs.has_celestial:
@@ -703,9 +709,6 @@ def problem_of_wcs(header, axes, matrix):
     for key in filter(needed.match, header):
         if math.isnan(number_of(header, key)):  # wcslib takes it for absent
             return f"{key} can't be read"
-    for key in ("A_ORDER", "B_ORDER", "AP_ORDER", "BP_ORDER"):
-        if number_of(header, key) > MOST_SIP_ORDER:
-            return f"{key} is over {MOST_SIP_ORDER}"
     # astropy mends a matrix of zeros, as uncalibrated frames have it, to a degree a pixel.
     blank = [value_of(header, f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
     if blank or not np.linalg.cond(matrix) < 1e8:
@@ -788,7 +791,7 @@ def open_tiff(path, hdu):
                     raise InputError(f"{path.name}: {text}")
                 if raw:
                     return cut_plane(read, shape, image_axes, plane, at_once=False)
-                # One process is to read: threads would take memory, and processors of others.
+                # In one thread: the stacks and the time of others would count as the file's.
                 if held:
                     pixels, plane = pages[0].asarray(maxworkers=1), plane % held
                 else:
@@ -944,9 +947,10 @@ def wcs_offset(one, other, shape):
 # ---------------------------------------------------------------------------------------------
 
 
-# The most of a kernel: bytes of its text, and elements; the widest Gaussian has 22801.
+# The most of a kernel, which takes SEP a multiplication for each element at each pixel: bytes of
+# its text, and elements.
 KERNEL_BYTES = 2**20
-KERNEL_ELEMENTS = 2**15
+KERNEL_ELEMENTS = 2**16
 
 
 def make_kernel(case, fwhm, path):
@@ -983,7 +987,7 @@ def read_kernel(path):
     """Read a kernel: text for `numpy.loadtxt`, or SExtractor's .conv with its CONV line."""
     content = first_bytes(path, KERNEL_BYTES + 1)
     if len(content) > KERNEL_BYTES:
-        raise InputError(f"{path.name}: {KERNEL_BYTES} bytes and more are no kernel")
+        raise InputError(f"{path.name}: more than {KERNEL_BYTES} bytes are no kernel")
     try:
         lines = content.decode(errors="replace").splitlines()
         if lines and lines[0].split()[:1] == ["CONV"]:
@@ -997,8 +1001,8 @@ def read_kernel(path):
         raise InputError(f"{path.name}: a kernel needs finite values that are not all zero")
     rows, columns = kernel.shape
     if kernel.size > KERNEL_ELEMENTS:
-        text = f"{rows} rows of {columns}, more than {KERNEL_ELEMENTS} values, are no kernel"
-        raise InputError(f"{path.name}: {text}")
+        text = f"a kernel of {rows} x {columns} has more than {KERNEL_ELEMENTS} values"
+        raise InputError(f"{path.name}: {text}; cut off its faint edge")
     if rows % 2 == 0 or columns % 2 == 0:
         raise InputError(
             f"{path.name}: a kernel of {rows} rows and {columns} columns has no central pixel and "
@@ -1474,11 +1478,12 @@ def global_rms(background):
 
 LONG = 16  # the fewest jobs of which a terminal is shown the progress
 
-# What ends a process in good order.
+# The signals at which a run ends in good order, and those of them that came.
 STOPS = (
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM),
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM),
 )
+signals_heeded = []
 
 
 def shared_zeros(shape, dtype, threads):
@@ -1539,7 +1544,7 @@ def share(jobs, threads):
 def outlive(job):
     """Do a job in a process of its own, which goes on with it even if this one is killed.
 
-    If that one is killed, the job is done here, over what of it is done already.
+    If that one is killed, the job is done here: it must bear to be begun twice.
     """
     try:
         process, connection = hire([job], {})
@@ -2891,6 +2896,9 @@ def staged(targets):
         yield parts
         if signals_heeded:  # and a library went on all the same
             sys.exit(128 + signals_heeded[0])
+        for part in parts.values():
+            with part.writing() as path:
+                path.stat()
         with stopping_by(signal.SIG_IGN):
             outlive(partial(put_in_place, list(parts.values())))
     finally:
@@ -2913,10 +2921,10 @@ def put_in_place(parts):
     except InputError:
         for part in parts:
             with suppress(OSError):  # or else it stays where it is kept
+                if not part.path.exists():
+                    part.target.replace(part.path)
                 if os.path.lexists(part.kept):
                     part.kept.replace(part.target)
-                elif not os.path.lexists(part.path):
-                    part.target.unlink()
                 part.kept.unlink(missing_ok=True)
         raise
     for part in parts:
@@ -3444,9 +3452,6 @@ def start_logging(args):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
-signals_heeded = []
-
-
 def stop(signum, *_):
     """End in good order when told to, however often, so that no half product stays behind."""
     for each in STOPS:
@@ -3481,6 +3486,7 @@ def main(argv=None):
     start_logging(args)
     # OpenBLAS ends the process if it gets no memory for this; later it would leave parts behind.
     np.ones((64, 64)) @ np.ones((64, 64))
+    signals_heeded.clear()
     try:
         with stopping_by(stop):
             run(args)
@@ -3493,7 +3499,7 @@ def main(argv=None):
         reason = f"{type(error).__name__}: {one_line(error)}"
         problem = f"{args.image}: a fault of the tool ({reason}); report it with what -v tells"
     if signals_heeded:  # of which a library may have made another error, or none
-        sys.exit(128 + signals_heeded.pop())
+        sys.exit(128 + signals_heeded[0])
     if not problem:
         return 0
     print(f"{PROG}: error: {problem}", file=sys.stderr)

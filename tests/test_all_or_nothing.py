@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from astropy.io import fits
 
+import source_extractor
 from common import SCRIPT, all_nine, call, extract, tree
 from contract import NINE, ONE_ERROR, one_line
 from sky import blobs
@@ -334,6 +335,62 @@ def test_what_a_killed_process_began_to_put_in_place_is_finished(write, stars, o
     assert (done.returncode, done.stdout, done.stderr) == (0, "killed\n", "")
     assert tree(old).keys() == set(NINE)
     assert not any(content.startswith(b"old") for content in tree(old).values())
+
+
+FAILED_AND_KILLED = """
+import itertools, os, signal, sys
+import source_extractor
+
+put, parent, puts = os.replace, os.getpid(), itertools.count(1)
+
+def put_or_fail(source, target):
+    if os.path.basename(target) == "sources.png" and "new" in str(source):
+        raise PermissionError(1, "not permitted")
+    put(source, target)
+    if os.getpid() != parent and next(puts) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = put_or_fail
+sys.exit(source_extractor.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_a_kill_while_old_products_are_put_back_loses_none(write, stars, old, number):
+    image = write(stars)
+    before = tree(old)
+    command = [sys.executable, "-c", FAILED_AND_KILLED, str(number), image, *all_nine(old)]
+    done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(one_line("error", ".*sources.png: can't be written.*"), done.stderr)
+    assert tree(old) == before
+
+
+def test_a_product_that_is_taken_away_in_time_fails_the_run(write, stars, old, monkeypatch, capsys):
+    def take_away(*args, **kwargs):
+        for path in old.glob(".source_extractor-*/new/rms.fits"):
+            path.unlink()
+        return share(*args, **kwargs)
+
+    image, before, share = write(stars), tree(old), source_extractor.tabulate
+    monkeypatch.setattr(source_extractor, "tabulate", take_away)
+    assert call(image, *all_nine(old)) == 1
+    assert "rms.fits: can't be written (No such file" in capsys.readouterr().err
+    assert tree(old) == before
+
+
+def test_a_run_after_one_that_was_stopped_is_a_run(write, stars, tmp_path, monkeypatch):
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    image = write(stars)
+    handlers = {number: signal.getsignal(number) for number in source_extractor.STOPS}
+    with monkeypatch.context() as patch:
+        patch.setattr(source_extractor, "build_mask", kill)
+        assert call(image, "-o", tmp_path / "products") == 128 + signal.SIGTERM
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert call(image, "-o", tmp_path / "products") == 0
 
 
 def test_sigkill_leaves_one_hidden_directory_which_is_in_nobodys_way(write, stars, old, tmp_path):

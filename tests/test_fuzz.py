@@ -40,7 +40,8 @@ def test_whatever_comes_ends_in_good_order(tmp_path, kind, seed, cases):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{cases} cases, 0 failed" in done.stdout
-    assert kind == "faults" or re.search(r": 0$", done.stdout, re.MULTILINE)
+    some_case_succeeded = re.search(r": 0$", done.stdout, re.MULTILINE)
+    assert kind == "faults" or some_case_succeeded
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,7 @@ def test_values_at_both_ends_of_float64_are_taken(run, write):
     assert run(write(np.where(high, top, -top))).code == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory in use isn't told")
 @pytest.mark.parametrize("planes", [{"planes": 10**9}, {"of_a_page": 10**9}])
 def test_a_tiff_that_asks_for_any_memory_is_refused(run, tmp_path, stars, planes):
     path = tmp_path / "image.ome.tif"
@@ -192,7 +194,7 @@ def test_what_takes_too_long_to_open_is_refused(run, write, stars, tmp_path, mon
     content = (tmp_path / "many.fits").read_bytes()
     (tmp_path / "many.fits").write_bytes(content[:2880] + content[2880:] * 20_000)
     before = bounds()
-    monkeypatch.setattr(source_extractor, "SECONDS_TO_OPEN", 0.1)
+    monkeypatch.setattr(source_extractor, "SECONDS_A_STEP", 0.1)
     run(tmp_path / "many.fits").assert_refused("many.fits", "takes more time to read")
     assert bounds() == before
     assert run(write(stars)).code == 0
@@ -204,23 +206,22 @@ def test_a_message_names_no_more_hdus_than_can_be_read(run, tmp_path):
     result.assert_refused("; 19 (no name): empty; and 481 more")
 
 
-@pytest.mark.parametrize(
-    ("order", "reason"), [(30_000, "Unable to allocate"), (100, "A_ORDER is over 20")]
-)
-def test_a_wcs_that_asks_for_any_memory_or_time_is_left_out(run, write, stars, order, reason):
+@pytest.mark.parametrize("order", [21, 2400, 30_000])
+def test_a_wcs_that_asks_for_any_memory_or_time_is_left_out(run, write, stars, order):
     sip = {"A_ORDER": order, "B_ORDER": order, "A_2_0": 1e-9, "B_2_0": 1e-9}
     result = run(write(stars, **cards("RA---TAN-SIP", "DEC--TAN-SIP", **sip)))
     assert result.code == 0
-    assert re.fullmatch(one_line("warning", f".*WCS can't be used.*{reason}.*"), result.err)
+    assert re.fullmatch(
+        one_line("warning", ".*WCS can't be used.*A_ORDER is over 20.*"), result.err
+    )
 
 
 def test_more_values_than_a_kernel_has_are_refused(run, write, stars, tmp_path):
     np.savetxt(tmp_path / "kernel", np.ones((301, 301)), fmt="%d")
     result = run(write(stars), "--filter-case", "file", "--filter-file", tmp_path / "kernel")
-    result.assert_refused("kernel", "301 rows of 301")
+    result.assert_refused("kernel", "301 x 301", "cut off")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory in use isn't told")
 def test_large_stacks_of_threads_keep_no_tiff_from_being_read(tmp_path, stars):
     path = tmp_path / "image.tif"
     path.write_bytes(tiff_bytes(np.tile(stars, (4, 4)), tile=(32, 32), compression="zlib"))
@@ -236,7 +237,7 @@ def test_large_stacks_of_threads_keep_no_tiff_from_being_read(tmp_path, stars):
 def test_a_fits_image_may_be_one_tile(run, tmp_path, stars, monkeypatch):
     tiled = fits.CompImageHDU(np.tile(stars, (9, 9)), tile_shape=(1080, 1440))
     tiled.writeto(tmp_path / "image.fits")
-    monkeypatch.setattr(source_extractor, "BYTES_TO_OPEN", 10**7)
+    monkeypatch.setattr(source_extractor, "BYTES_A_STEP", 10**7)
     assert run(tmp_path / "image.fits").code == 0
 
 
