@@ -258,7 +258,7 @@ BYTES_A_STEP, BYTES_TO_READ_A_PIXEL = 5 * 10**8, 32
 MOST_CARDS = 360_000
 MOST_CONTINUED = 1000
 
-MOST_SIP_ORDER = 20  # of its polynomials, which have as many as 9 in use
+MOST_SIP_ORDER = 20  # of the polynomials of a WCS, which seldom have over 5
 UNPACKED_PIECE = 2**24  # bytes of a packed file to unpack at a time
 MOST_HDUS_TOLD = 20  # in a message
 
@@ -2898,7 +2898,7 @@ def staged(targets):
             sys.exit(128 + signals_heeded[0])
         for part in parts.values():
             with part.writing() as path:
-                path.stat()
+                path.stat()  # what was taken away would seem to be in place
         with stopping_by(signal.SIG_IGN):
             outlive(partial(put_in_place, list(parts.values())))
     finally:
