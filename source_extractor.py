@@ -376,6 +376,27 @@ def passing_on_remarks(path):
         log.warning("%s: read, but not as it should be: %s%s", path.name, remarks[0], more)
 
 
+@contextmanager
+def remarks_of_c(logger):
+    """Have logged what a library in C writes to stderr itself, as libpng does."""
+    if sys.__stderr__ is None:  # 2 may be any file then
+        yield
+        return
+    stderr, (there, here) = os.dup(2), os.pipe()
+    os.set_blocking(there, False)
+    os.set_blocking(here, False)
+    os.dup2(here, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        with suppress(BlockingIOError):  # nothing was written
+            for line in os.read(there, 2**16).decode(errors="replace").splitlines():
+                logger.warning(line)
+        for each in (stderr, there, here):
+            os.close(each)
+
+
 def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     """Read one 2-D plane of a FITS or TIFF file, told apart by their first bytes.
 
@@ -765,7 +786,8 @@ def open_tiff(path, hdu):
             log.warning(f"{text} (Extension)", path.name, last + 1, last)
         series = images[number]
         with reading(path, "TIFF"):
-            axes, shape, page = series.axes, series.shape, series.keyframe
+            axes, page = series.axes, series.keyframe
+            shape = tuple(map(operator.index, series.shape))
             image_axes = [axes.index("Y"), axes.index("X")]
             # ImageJ's are tables of colours to look at intensities with.
             colours = None if tiff.is_imagej else page.photometric
@@ -782,7 +804,8 @@ def open_tiff(path, hdu):
             return np.frombuffer(file.read(size), dtype).reshape(rest)
 
         def cut(plane):
-            with reading(path, "TIFF", math.prod(shape)):
+            remarks = remarks_of_c(tifffile.logger())
+            with remarks, reading(path, "TIFF", math.prod(shape)):
                 held = planes_a_page(series, image_axes)
                 raw = series.dataoffset is not None and image_axes[0] < image_axes[1] and held != 1
                 pages = [series.pages[plane // held]] if held and not raw else list(series.pages)

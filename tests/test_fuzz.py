@@ -15,7 +15,7 @@ import pytest
 from astropy.io import fits
 
 import source_extractor
-from common import SCRIPT, insert_cards, start
+from common import SCRIPT, call, insert_cards, start
 from contract import one_line
 from corpus import ome_description
 from files import patched_tiff, tiff_bytes
@@ -256,3 +256,13 @@ def test_random_groups_are_passed_over(run, tmp_path, stars, monkeypatch):
     packed.write_bytes(gzip.compress((tmp_path / "image.fits").read_bytes()))
     monkeypatch.setattr(source_extractor, "UNPACKED_PIECE", 2880)
     assert "image.fits.gz[1]: 160 x 120" in run(packed).out
+
+
+def test_what_libpng_says_is_told_in_our_words_or_not_at_all(tmp_path, stars, capfd):
+    whole = tiff_bytes(stars.astype(np.uint8), compression="png")
+    for place in range(whole.index(b"IEND") - 100, whole.index(b"IEND") - 8):
+        content = bytearray(whole)
+        content[place] ^= 1
+        (tmp_path / "image.tif").write_bytes(content)
+        assert call(tmp_path / "image.tif", "-o", tmp_path) == 1
+        assert re.fullmatch(one_line("error", "image.tif: damaged.*"), capfd.readouterr().err)
