@@ -333,6 +333,8 @@ def run(arguments, directory, limits=None, stop=None):
         os.chdir(directory)
         for limit, value in ({resource.RLIMIT_AS: 8 * BYTES} | (limits or {})).items():
             resource.setrlimit(limit, (value, value))
+        if stop and stop[0] != signal.SIGKILL:  # in the background some are ignored
+            signal.signal(stop[0], signal.SIG_DFL)
         sys.argv[1:], code = arguments, 99
         try:
             source_extractor.command()
