@@ -250,7 +250,8 @@ CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")
 # The memory that must be allowed for a pixel: of the image, its background, and its map of labels.
 BYTES_A_PIXEL = 12
 
-# The most that a step of reading may take: of any file, and beside for each of its pixels.
+# The most that a step of reading may take: of any file, and beside for each of its pixels. That is
+# more than they need: astropy's decoders of tiles crash where they get no memory.
 SECONDS_A_STEP, SECONDS_A_PIXEL = 15, 5e-6
 BYTES_A_STEP, BYTES_TO_READ_A_PIXEL = 5 * 10**8, 32
 
@@ -787,7 +788,7 @@ def open_tiff(path, hdu):
         series = images[number]
         with reading(path, "TIFF"):
             axes, page = series.axes, series.keyframe
-            shape = tuple(map(operator.index, series.shape))
+            shape = tuple(map(operator.index, series.shape))  # floats, if tags are damaged
             image_axes = [axes.index("Y"), axes.index("X")]
             # ImageJ's are tables of colours to look at intensities with.
             colours = None if tiff.is_imagej else page.photometric
