@@ -63,8 +63,17 @@ def extract(*arguments):
 
 def start(*arguments, **keywords):
     """Run the tool as a file, in a process of its own."""
+    return start_python(SCRIPT, *arguments, **keywords)
+
+
+def start_code(code, *arguments, **keywords):
+    """Run Python code that imports the tool, in a process of its own."""
+    return start_python("-c", code, *arguments, cwd=SCRIPT.parent, **keywords)
+
+
+def start_python(*arguments, **keywords):
     keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | keywords
-    return subprocess.run([sys.executable, SCRIPT, *arguments], check=False, timeout=60, **keywords)
+    return subprocess.run([sys.executable, *arguments], check=False, timeout=60, **keywords)
 
 
 def all_nine(directory):

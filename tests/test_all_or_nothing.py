@@ -15,7 +15,7 @@ import pytest
 from astropy.io import fits
 
 import source_extractor
-from common import SCRIPT, all_nine, call, extract, tree
+from common import SCRIPT, all_nine, call, extract, start_code, tree
 from contract import NINE, ONE_ERROR, one_line
 from sky import blobs
 
@@ -270,10 +270,7 @@ source_extractor.command()
 def test_a_kill_is_not_lost_and_leaves_nothing(write, stars, tmp_path, code):
     image = write(stars)
     before = tree(tmp_path)
-    command = [sys.executable, "-c", code, image, "-q", *all_nine(tmp_path)]
-    done = subprocess.run(
-        command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=60
-    )
+    done = start_code(code, image, "-q", *all_nine(tmp_path))
     assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
     assert tree(tmp_path) == before
 
@@ -297,10 +294,8 @@ sys.exit(source_extractor.main(sys.argv[2:]))
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
 def test_a_kill_while_products_are_put_in_place_leaves_all_new_ones(write, stars, old, number):
     image = write(stars)
-    code = [sys.executable, "-c", KILLED_WHILE_PUTTING_IN_PLACE, number]
     # To its last word, which may be another process' than the first.
-    command = [*code, image, "-q", *all_nine(old)]
-    subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, check=False, timeout=60)
+    start_code(KILLED_WHILE_PUTTING_IN_PLACE, number, image, "-q", *all_nine(old))
     after = {name: content for name, content in tree(old).items() if not name.startswith(".")}
     assert after.keys() == set(NINE)
     assert not any(content.startswith(b"old") for content in after.values())
@@ -328,10 +323,7 @@ sys.exit(source_extractor.main(sys.argv[3:]))
 @pytest.mark.parametrize("number", ["1", "4", "9"])
 def test_what_a_killed_process_began_to_put_in_place_is_finished(write, stars, old, act, number):
     image = write(stars)
-    command = [sys.executable, "-c", HELPER_KILLED, act, number, image, "-q", *all_nine(old)]
-    done = subprocess.run(
-        command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=60
-    )
+    done = start_code(HELPER_KILLED, act, number, image, "-q", *all_nine(old))
     assert (done.returncode, done.stdout, done.stderr) == (0, "killed\n", "")
     assert tree(old).keys() == set(NINE)
     assert not any(content.startswith(b"old") for content in tree(old).values())
@@ -359,8 +351,7 @@ sys.exit(source_extractor.main(sys.argv[2:]))
 def test_a_kill_while_old_products_are_put_back_loses_none(write, stars, old, number):
     image = write(stars)
     before = tree(old)
-    command = [sys.executable, "-c", FAILED_AND_KILLED, str(number), image, *all_nine(old)]
-    done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False)
+    done = start_code(FAILED_AND_KILLED, str(number), image, *all_nine(old))
     assert done.returncode == 1
     assert re.fullmatch(one_line("error", ".*sources.png: can't be written.*"), done.stderr)
     assert tree(old) == before

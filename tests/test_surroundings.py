@@ -12,7 +12,7 @@ import tifffile
 from astropy.io import fits
 
 import source_extractor
-from common import SCRIPT, all_nine, call, start, tree
+from common import SCRIPT, all_nine, call, start, start_code, tree
 from contract import NINE
 from headers import cards
 
@@ -45,16 +45,8 @@ def test_no_run_asks_for_the_network(write, stars, tmp_path, lon, lat, more):
     if "DATE-OBS" in more:
         more = {"DATE-OBS": "2032-05-05T00:00:00"}
     other = write(stars, "other.fits", **cards(lon, lat, **BEAM, **more))
-    command = [sys.executable, "-c", WITHOUT_NETWORK, one, "--measure-image", other]
-    done = subprocess.run(
-        [*command, *all_nine(tmp_path / "products")],
-        cwd=SCRIPT.parent,
-        env={"HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    arguments = one, "--measure-image", other, *all_nine(tmp_path / "products")
+    done = start_code(WITHOUT_NETWORK, *arguments, env={"HOME": str(tmp_path)})
     assert done.returncode == 0
     assert "network" not in done.stderr
     assert tree(tmp_path / "products").keys() == set(NINE)
@@ -87,9 +79,7 @@ source_extractor.command()
 
 
 def test_a_user_whom_the_machine_does_not_know_needs_no_home(write, stars, tmp_path):
-    command = [sys.executable, "-c", WITHOUT_HOME, write(stars), "-o", tmp_path / "products"]
-    environment = {"PYTHONPATH": str(SCRIPT.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = start_code(WITHOUT_HOME, write(stars), "-o", tmp_path / "products", env={})
     assert (done.returncode, done.stderr) == (0, "")
 
 
