@@ -577,10 +577,11 @@ def unpack(path, packed, copy):
             with bounded():
                 told = max((end for _, end in headers(path, copy)), default=0)
             copy.seek(0, os.SEEK_END)
-            if copy.tell() > told + 4 * UNPACKED_PIECE:
+            room = told + 4 * UNPACKED_PIECE
+            if copy.tell() > room:
                 text = f"goes on beyond the {told} bytes that its headers tell of"
                 raise InputError(f"{path.name}: {text}; get the file again")
-            enough = max(told + 4 * UNPACKED_PIECE, 2 * copy.tell())
+            enough = max(room, 2 * copy.tell())
 
 
 def headers(path, file):
@@ -808,8 +809,8 @@ def open_tiff(path, hdu):
             remarks = remarks_of_c(tifffile.logger())
             with remarks, reading(path, "TIFF", math.prod(shape)):
                 held = planes_a_page(series, image_axes)
-                raw = series.dataoffset is not None and image_axes[0] < image_axes[1] and held != 1
-                pages = [series.pages[plane // held]] if held and not raw else list(series.pages)
+                raw = held != 1 and image_axes[0] < image_axes[1] and series.dataoffset is not None
+                pages = [series.pages[plane // held]] if held else list(series.pages)
                 if None in pages:
                     text = f"plane {plane} isn't in it; give another file of its set, if it is one"
                     raise InputError(f"{path.name}: {text}")
