@@ -25,9 +25,7 @@ integers; masks are True where a pixel is excluded; `theta` is in radians from +
 """
 
 import argparse
-import atexit
 import bz2
-import gc
 import gzip
 import io
 import itertools
@@ -40,54 +38,23 @@ import operator
 import os
 import re
 import resource
-import secrets
+import shutil
 import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-PROG = "source_extractor.py"
-
-# Bytes that each limit of memory (ulimit -v, -d) must allow for all but the image.
-LEAST_MEMORY = {resource.RLIMIT_AS: 4 * 10**8, resource.RLIMIT_DATA: 10**8}
-
-
-def allowed(limit):
-    """Return how much of a resource this process may take."""
-    most = resource.getrlimit(limit)[0]
-    return math.inf if most == resource.RLIM_INFINITY else most
-
-
-def allowed_for_the_image():
-    """Return how many bytes the limits of memory leave to what depends on the image."""
-    return min(allowed(limit) - least for limit, least in LEAST_MEMORY.items())
-
-
-# The libraries can't be loaded with less, and say so each in its way, or crash.
-if allowed_for_the_image() < 0:
-    sys.exit(f"{PROG}: error: too little memory is allowed; raise the limit (ulimit -v, -d)")
-# Else each core takes 40 MB of that for products of large matrices, of which there are none here.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ["MPLBACKEND"] = "agg"
-# astropy insists on a home, and the user that a container runs as may have none.
-if os.path.expanduser("~") == "~":
-    os.environ["HOME"] = os.devnull
-# Nothing is to be put in order yet, if the user stops the command while the libraries are loaded.
-if (
-    Path(sys.argv[0]).stem == Path(__file__).stem
-    and signal.getsignal(signal.SIGINT) == signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import sep
@@ -99,7 +66,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 # Everything else is imported where it is used: a run does without most of it.
 if TYPE_CHECKING:
     from astropy.wcs import WCS
+    from pandas import DataFrame
 
+PROG = "source_extractor.py"
 __version__ = "1.0.0"
 
 SIGNATURE = f"{PROG} {__version__} (sep {sep.__version__})"
@@ -443,6 +412,21 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
         raise InputError(f"{path.name}: {error}; get the file again") from error
     except OSError as error:  # of the file itself, not of what a library makes of it
         raise InputError(f"{path}: {error.strerror}") from error
+
+
+# Bytes that each limit of memory (ulimit -v, -d) must allow for all but the image.
+LEAST_MEMORY = {resource.RLIMIT_AS: 4 * 10**8, resource.RLIMIT_DATA: 10**8}
+
+
+def allowed(limit):
+    """Return how much of a resource this process may take."""
+    most = resource.getrlimit(limit)[0]
+    return math.inf if most == resource.RLIM_INFINITY else most
+
+
+def allowed_for_the_image():
+    """Return how many bytes the limits of memory leave to what depends on the image."""
+    return min(allowed(limit) - least for limit, least in LEAST_MEMORY.items())
 
 
 def choose_plane(stack, plane, lone_serves_all):
@@ -1281,17 +1265,9 @@ class Field:
         none = self.mask is self.excluded
         return ([], []) if none else np.nonzero(self.excluded & ~self.mask)
 
-    def level_map(self, room=None):
-        """Return the background in image values; in `room`, an array of ny x nx values, if it fits.
-
-        That is faster than new memory, which the system has to clear.
-        """
-        if room is None or room.itemsize != self.residual.itemsize:
-            return self.frame.levels(self.background.back())
-        level = room.view(self.residual.dtype)
-        level[:] = 0
-        self.background.subfrom(level)
-        return self.frame.levels(np.subtract(0, level, out=level))
+    def level_map(self):
+        """Return the background in image values."""
+        return self.frame.levels(self.background.back())
 
     def rms_map(self):
         """Return the background RMS in image values."""
@@ -1503,12 +1479,7 @@ def global_rms(background):
 
 LONG = 16  # the fewest jobs of which a terminal is shown the progress
 
-# The signals at which a run ends in good order, and those of them that came.
-STOPS = (
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
-    *(signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM),
-)
-signals_heeded = []
+jobs_of_worker = []  # of a worker process, filled when it starts
 
 
 def shared_zeros(shape, dtype, threads):
@@ -1523,109 +1494,59 @@ def shared_zeros(shape, dtype, threads):
 
 
 def share(jobs, threads):
-    """Yield what each job returns, in their order, done by so many processes.
+    """Yield what each job returns, in their order, done by this many processes.
 
-    Processes, as SEP holds the interpreter's lock: threads would wait for one another.
+    Processes, because SEP holds the interpreter's lock: threads would wait for one another.
 
     Parameters
     ----------
     jobs : sequence of callables
-        They see all memory as it is when they start, but only what they return, and what they write
-        into `shared_zeros`, is seen here.
+        They see all memory as it was when the processes started. Only what they return, and what
+        they write into `shared_zeros`, is seen here.
     threads : int
-        With 1 they are done here, one after the other.
+        With 1 the jobs are done here, one after the other.
 
     Raises
     ------
     InputError
-        If a process is killed or can't start; else whatever a job raises.
+        If a process is killed or can't be started. Whatever a job raises is raised as well.
     """
     if min(threads, len(jobs)) == 1:
         yield from (job() for job in jobs)
         return
-    crew, done, numbers = {}, {}, iter(range(len(jobs)))
+    # A forked process is given the jobs as they are; through a queue they would have to be pickled.
+    context, start = multiprocessing.get_context("fork"), (jobs, os.getpid())
+    pool = ProcessPoolExecutor(min(threads, len(jobs)), context, start_worker, start)
     try:
-        for number in itertools.islice(numbers, threads):
-            with together():
-                process, connection = hire(jobs, crew)
-                crew[connection] = process
-                connection.send(number)
-        for number in range(len(jobs)):
-            while number not in done:
-                for connection in wait(crew):
-                    with together():
-                        done |= connection.recv()
-                        for following in itertools.islice(numbers, 1):
-                            connection.send(following)
-            if isinstance(done[number], Exception):
-                raise done[number]
-            yield done.pop(number)
-    finally:
-        for process in crew.values():
+        with warnings.catch_warnings(action="ignore"):  # fork leaves out numpy's idle threads
+            futures = [pool.submit(do_job, number) for number in range(len(jobs))]
+        yield from (future.result() for future in futures)
+    except BaseException as error:
+        for process in multiprocessing.active_children():  # what they still do is of no use
             process.kill()
-            process.join()
-
-
-def outlive(job):
-    """Do a job in a process of its own, which goes on with it even if this one is killed.
-
-    If that one is killed, the job is done here: it must bear to be begun twice.
-    """
-    try:
-        process, connection = hire([job], {})
-        connection.send(0)
-        result = connection.recv()[0]
-    except (EOFError, OSError):  # none can be had, or it was killed
-        return job()
-    connection.close()
-    process.join()
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-@contextmanager
-def together():
-    """Tell as an `InputError` that a process is gone that shared the work, or could not start."""
-    try:
-        yield
-    except (EOFError, OSError) as error:
-        text = "a process that shared the work was killed; is memory short? take fewer (--threads)"
-        raise InputError(text) from error
-
-
-def hire(jobs, crew):
-    """Start a process that does jobs by their numbers; return it, and the connection to it."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(jobs, there, [here, *crew]))
-    # A signal that came before the process has its own handlers would undo what this one staged.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of the threads that numpy keeps for itself
-            process.start()
+        if isinstance(error, BrokenProcessPool | BlockingIOError):
+            text = "a worker process was killed or could not be started"
+            raise InputError(f"{text}; if memory is short, try a smaller --threads") from error
+        raise
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    there.close()
-    return process, here
+        pool.shutdown(cancel_futures=True)
 
 
-def serve(jobs, connection, others):
-    """Do the jobs whose numbers come in, one by one, and send back what they return or raise."""
-    for other in others:  # or else this process wouldn't be told when the first one is gone
-        other.close()
-    for signum in STOPS:
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(signum, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    with suppress(EOFError, OSError):
-        while True:
-            number = connection.recv()
-            try:
-                result = jobs[number]()
-            except Exception as error:
-                result = error
-            connection.send({number: result})
+def start_worker(jobs, parent):
+    """Prepare a worker process: keep its jobs, and end it when its parent is gone."""
+    jobs_of_worker[:] = jobs
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def do_job(number):
+    """Do one of the jobs of a worker process, and return what it returns."""
+    return jobs_of_worker[number]()
 
 
 def progress(stage, results, total):
@@ -1678,7 +1599,7 @@ PIXEL = np.dtype(
 
 
 class Detections(NamedTuple):
-    """SEP's 30 fields an object, in image values, and the map (ny, nx) that labels it index + 1."""
+    """SEP's 30 fields of each object, and the map (ny, nx) that labels it with its index + 1."""
 
     objects: np.ndarray
     segmentation: np.ndarray
@@ -1717,10 +1638,7 @@ def find_sources(field, threads=1):
     starts = np.cumsum([0, *(len(own) for own, _ in found)])
     jobs = [partial(number_labels, labels, strip, ids, starts, apart) for strip in strips]
     list(share(jobs, threads))
-    objects = objects[order]
-    for name in ("thresh", "cflux", "flux", "cpeak", "peak"):
-        objects[name] = field.frame.differences(objects[name])
-    return Detections(objects, labels)
+    return Detections(objects[order], labels)
 
 
 class Strip(NamedTuple):
@@ -2132,13 +2050,18 @@ class Shapes(NamedTuple):
 
 
 @timed("measure")
-def measure(field, measure_field, found, settings, threads=1, beside=()):
-    """Measure sizes, Kron and aperture fluxes, and windowed centroids; do some jobs beside it.
+def measure(field, measure_field, found, settings, threads=1):
+    """Measure sizes, Kron and aperture fluxes, and windowed centroids.
 
     The objects `found` in `field` have their Kron ellipses there, and are measured in the other
-    one. The result has a value an object, by the name of the column, in pixels and image values,
-    nan where there is nothing to measure. Neighbours and masked pixels are left out of every sum;
-    meanwhile the map labels masked pixels.
+    field. Neighbours and masked pixels are left out of every sum; meanwhile the map labels masked
+    pixels.
+
+    Returns
+    -------
+    dict of ndarray
+        A value for each object, by the name of the column: sizes in pixels, fluxes in the frame of
+        `measure_field`, nan where there is nothing to measure.
     """
     objects, labels = found
     shapes, sane = sane_shapes(objects)
@@ -2146,14 +2069,14 @@ def measure(field, measure_field, found, settings, threads=1, beside=()):
     with masked_as_neighbours(labels, field.mask):
         neighbours = {"segmap": labels, "seg_id": ids}
         kron, kron_flag = kron_radii(field, shapes, neighbours, settings)
-    jobs = [*beside]
+    jobs = []
     for start in range(0, max(len(ids), 1), BATCH):
         some = slice(start, start + BATCH)
         own = Shapes(*(values[some] for values in shapes))
         neighbours = {"segmap": labels, "seg_id": ids[some]}
         jobs.append(partial(measure_some, measure_field, own, kron[some], neighbours, settings))
     with masked_as_neighbours(labels, measure_field.mask):
-        parts = list(progress("measure", share(jobs, threads), len(jobs)))[len(beside) :]
+        parts = list(progress("measure", share(jobs, threads), len(jobs)))
     measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     flag = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
     # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
@@ -2172,12 +2095,12 @@ def measure_some(field, shapes, kron, neighbours, settings):
     radius = half_light_radii(field, shapes, flux, neighbours)
     sigma = WINDOW_SIGMA * np.maximum(radius, 0.5)
     xwin, ywin = windowed_centroids(field, shapes, sigma, neighbours)
-    errors = windowed_errors(field, xwin, ywin, sigma, neighbours)
-    apertures = aperture_fluxes(field, shapes, settings.aperture_diameters, neighbours)
-    fluxes = {"flux_auto": flux, "fluxerr_auto": error, **apertures}
-    columns = {name: field.frame.differences(values) for name, values in fluxes.items()}
-    columns |= {"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin, **errors}
-    return columns | {"flag_auto": flag}
+    return {
+        **{"flux_auto": flux, "fluxerr_auto": error, "flag_auto": flag},
+        **{"kron_radius": kron, "flux_radius": radius, "xwin": xwin, "ywin": ywin},
+        **windowed_errors(field, xwin, ywin, sigma, neighbours),
+        **aperture_fluxes(field, shapes, settings.aperture_diameters, neighbours),
+    }
 
 
 def sane_shapes(objects):
@@ -2342,31 +2265,43 @@ class Column(NamedTuple):
     """A column of the catalogue."""
 
     name: str
-    unit: str | None  # may be that of the "image" or the "measure" one, or of its "sum"
+    unit: str | None  # "image" and "measure" stand for the units of the images; see `name_units`
     ucd: str  # what it is in the words of the IVOA
     description: str
 
 
 COLUMNS = (
     Column("id", None, "meta.id;meta.main", "label of the object in the segmentation map"),
-    Column("thresh", "image", "phot.flux;stat.min", "detection threshold at the object"),
+    Column("x", "pixel", "pos.cartesian.x", "barycentre along x"),
+    Column("y", "pixel", "pos.cartesian.y", "barycentre along y"),
+    Column("ra", "deg", "pos.eq.ra;meta.main", "right ascension of (x, y), ICRS"),
+    Column("dec", "deg", "pos.eq.dec;meta.main", "declination of (x, y), ICRS"),
+    Column("flux_auto", "measure sum", "phot.flux", "flux in the Kron ellipse"),
+    Column("fluxerr_auto", "measure sum", "stat.error;phot.flux", "error of flux_auto"),
+    Column("snr", None, "stat.snr", "flux_auto / fluxerr_auto"),
+    Column("mag_auto", "mag", "phot.mag", "magnitude of flux_auto"),
+    Column("magerr_auto", "mag", "stat.error;phot.mag", "error of mag_auto"),
+    Column("flux_radius", "pixel", "phys.angSize", "radius of a circle with half of flux_auto"),
+    Column("fwhm", "pixel", "phys.angSize", "FWHM of a Gaussian of the same a and b"),
+    Column("a", "pixel", "phys.size.smajAxis", "RMS of the light along the major axis"),
+    Column("b", "pixel", "phys.size.sminAxis", "RMS of the light along the minor axis"),
+    Column("theta", "rad", "pos.posAng", "angle of the major axis, from +x towards +y"),
+    Column("elongation", None, "src.morph.param", "a / b"),
     Column("npix", "pixel", "meta.number;instr.pixel", "number of pixels of the object"),
+    Column("flag", None, "meta.code", "extraction flags"),
+    Column("flag_auto", None, "meta.code", "photometry flags"),
+    Column("thresh", "image", "phot.flux;stat.min", "detection threshold at the object"),
     Column("tnpix", "pixel", "meta.number;instr.pixel", "those above the threshold unfiltered"),
     Column("xmin", "pixel", "pos.cartesian.x;stat.min", "first column of the object"),
     Column("xmax", "pixel", "pos.cartesian.x;stat.max", "last column of the object"),
     Column("ymin", "pixel", "pos.cartesian.y;stat.min", "first row of the object"),
     Column("ymax", "pixel", "pos.cartesian.y;stat.max", "last row of the object"),
-    Column("x", "pixel", "pos.cartesian.x", "barycentre along x"),
-    Column("y", "pixel", "pos.cartesian.y", "barycentre along y"),
     Column("x2", "pixel2", "src.morph.param", "variance of the light along x"),
     Column("y2", "pixel2", "src.morph.param", "variance of the light along y"),
     Column("xy", "pixel2", "src.morph.param", "covariance of the light in x and y"),
     Column("errx2", "pixel2", "stat.variance;pos.cartesian.x", "variance of the error of x"),
     Column("erry2", "pixel2", "stat.variance;pos.cartesian.y", "variance of the error of y"),
     Column("errxy", "pixel2", "stat.covariance;pos.cartesian", "covariance of errors of x and y"),
-    Column("a", "pixel", "phys.size.smajAxis", "RMS of the light along the major axis"),
-    Column("b", "pixel", "phys.size.sminAxis", "RMS of the light along the minor axis"),
-    Column("theta", "rad", "pos.posAng", "angle of the major axis, from +x towards +y"),
     Column("cxx", "pixel-2", "src.morph.param", "ellipse coefficient of dx^2"),
     Column("cyy", "pixel-2", "src.morph.param", "ellipse coefficient of dy^2"),
     Column("cxy", "pixel-2", "src.morph.param", "ellipse coefficient of dx dy"),
@@ -2378,34 +2313,20 @@ COLUMNS = (
     Column("ycpeak", "pixel", "pos.cartesian.y", "row of the highest filtered pixel"),
     Column("xpeak", "pixel", "pos.cartesian.x", "column of the highest pixel"),
     Column("ypeak", "pixel", "pos.cartesian.y", "row of the highest pixel"),
-    Column("flag", None, "meta.code", "extraction flags"),
-    Column("ra", "deg", "pos.eq.ra;meta.main", "right ascension of (x, y), ICRS"),
-    Column("dec", "deg", "pos.eq.dec;meta.main", "declination of (x, y), ICRS"),
-    Column("elongation", None, "src.morph.param", "a / b"),
-    Column("fwhm", "pixel", "phys.angSize", "FWHM of a Gaussian of the same a and b"),
     Column("background", "measure", "instr.background", "background level at the object"),
     Column("rms", "measure", "stat.stdev;instr.background", "background RMS at the object"),
     Column("kron_radius", None, "phys.angSize", "radius of the Kron ellipse in units of a and b"),
-    Column("flux_auto", "measure sum", "phot.flux", "flux in the Kron ellipse"),
-    Column("fluxerr_auto", "measure sum", "stat.error;phot.flux", "error of flux_auto"),
-    Column("mag_auto", "mag", "phot.mag", "magnitude of flux_auto"),
-    Column("magerr_auto", "mag", "stat.error;phot.mag", "error of mag_auto"),
-    Column("snr", None, "stat.snr", "flux_auto / fluxerr_auto"),
-    Column("flux_radius", "pixel", "phys.angSize", "radius of a circle with half of flux_auto"),
     Column("xwin", "pixel", "pos.cartesian.x", "windowed centroid along x"),
     Column("ywin", "pixel", "pos.cartesian.y", "windowed centroid along y"),
-    Column("flag_auto", None, "meta.code", "photometry flags"),
     Column("errawin", "pixel", "stat.error;pos.cartesian", "major axis of the error of xwin, ywin"),
     Column("errbwin", "pixel", "stat.error;pos.cartesian", "minor axis of the error of xwin, ywin"),
     Column("errthetawin", "rad", "stat.error;pos.posAng", "angle of the major axis of that error"),
 )
 
 
-def catalog_columns(diameters, image_unit="image", measure_unit="measure"):
+def catalog_columns(diameters):
     """Return all columns of the catalogue, with those for the aperture diameters (pixels)."""
-    units = {"image": image_unit, "measure": measure_unit}
-    units |= {f"{name} sum": unit_of_sums(unit) for name, unit in units.items()}
-    columns = COLUMNS + tuple(
+    return COLUMNS + tuple(
         Column(f"{name}_{aperture(diameter)}", unit, ucd, f"{text}, {diameter:.15g} pixels wide")
         for diameter in diameters
         for name, unit, ucd, text in (
@@ -2415,6 +2336,12 @@ def catalog_columns(diameters, image_unit="image", measure_unit="measure"):
             ("magerr", "mag", "stat.error;phot.mag", "error of the magnitude in a circle"),
         )
     )
+
+
+def name_units(columns, image_unit, measure_unit):
+    """Return the columns with the units of the two images, and of sums of their pixels."""
+    units = {"image": image_unit, "measure": measure_unit}
+    units |= {f"{name} sum": unit_of_sums(unit) for name, unit in units.items()}
     return tuple(column._replace(unit=units.get(column.unit, column.unit)) for column in columns)
 
 
@@ -2437,42 +2364,57 @@ def unit_of_sums(text):
     return (unit * u.pix).to_string()
 
 
-@np.errstate(divide="ignore", invalid="ignore")
-def build_catalog(objects, measurements, sky, wcs, settings, columns):
-    """Return the catalogue, a value an object by the name of the column, in their order.
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def build_catalog(objects, measured, field, measure_field, wcs, settings):
+    """Return the catalogue as a DataFrame of `catalog_columns`, with a row for each object.
 
-    It is made from SEP's objects and what `measure` found of them; `sky` are level and noise of the
-    background at each. Without a `wcs` the sky positions are nan.
+    Here fluxes and levels leave the frames of the two fields: the catalogue is in image values.
+
+    Parameters
+    ----------
+    objects : structured array
+        As `find_sources` returns them.
+    measured : dict of ndarray
+        As `measure` returns it.
+    field, measure_field : Field
+        Where the objects were found, and where they were measured.
+    wcs : WCS or None
+        Without one the sky positions are nan.
+    settings : PhotometrySettings
     """
-    catalog = {name: objects[name] for name in objects.dtype.names} | measurements
-    catalog["id"] = np.arange(1, len(objects) + 1)
-    catalog["background"], catalog["rms"] = sky
-    catalog["ra"], catalog["dec"] = sky_positions(wcs, objects["x"], objects["y"])
-    catalog["elongation"] = objects["a"] / objects["b"]
+    from pandas import DataFrame
+
+    columns = catalog_columns(settings.aperture_diameters)
+    table = {name: objects[name] for name in objects.dtype.names} | measured
+    table["id"] = np.arange(1, len(objects) + 1)
+    frames = {"image": field.frame, "measure": measure_field.frame}
+    for column in columns:
+        of, *_ = (column.unit or "").split(" ")
+        if of in frames and column.name in table:
+            table[column.name] = frames[of].differences(table[column.name])
+    table["background"] = at_objects(measure_field.level_map(), objects)
+    table["rms"] = at_objects(measure_field.rms_map(), objects)
+    table["ra"], table["dec"] = sky_positions(wcs, objects["x"], objects["y"])
+    table["elongation"] = objects["a"] / objects["b"]
     # The FWHM of a round Gaussian is sqrt(8 ln 2) times its RMS, here sqrt((a² + b²) / 2).
-    catalog["fwhm"] = 2 * np.sqrt(math.log(2) * (objects["a"] ** 2 + objects["b"] ** 2))
-    error = catalog["fluxerr_auto"]
-    catalog["snr"] = catalog["flux_auto"] / np.where(error > 0, error, np.nan)
+    table["fwhm"] = 2 * np.sqrt(math.log(2) * (objects["a"] ** 2 + objects["b"] ** 2))
+    error = table["fluxerr_auto"]
+    table["snr"] = table["flux_auto"] / np.where(error > 0, error, np.nan)
     for kind in ("auto", *map(aperture, settings.aperture_diameters)):
-        flux, error = catalog[f"flux_{kind}"], catalog[f"fluxerr_{kind}"]
+        flux, error = table[f"flux_{kind}"], table[f"fluxerr_{kind}"]
         flux = np.where(flux > 0, flux, np.nan)
-        catalog[f"mag_{kind}"] = settings.zeropoint - 2.5 * np.log10(flux)
-        catalog[f"magerr_{kind}"] = 2.5 / math.log(10) * error / flux  # to first order
-    return {column.name: catalog[column.name] for column in columns}
+        table[f"mag_{kind}"] = settings.zeropoint - 2.5 * np.log10(flux)
+        table[f"magerr_{kind}"] = 2.5 / math.log(10) * error / flux  # to first order
+    return DataFrame({column.name: table[column.name] for column in columns})
 
 
-@timed("tabulate")
-def tabulate(catalog, threads):
-    """Return the catalogue as tab-separated text: one line of names, full precision, `nan`."""
-    starts = range(0, len(catalog["id"]), BATCH)
-    jobs = [partial(lines_of, catalog, slice(start, start + BATCH)) for start in starts]
-    return "\n".join(["\t".join(catalog), *share(jobs, threads), ""])
-
-
-def lines_of(catalog, some):
-    """Return some of the catalogue's rows as text."""
-    columns = (values[some].tolist() for values in catalog.values())
-    return "\n".join("\t".join(map(repr, row)) for row in zip(*columns, strict=True))
+def at_objects(values, objects):
+    """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
+    rows, columns = (
+        np.clip(np.rint(np.nan_to_num(objects[axis])), 0, size - 1).astype(int)
+        for axis, size in zip("yx", values.shape, strict=True)
+    )
+    return values[rows, columns].astype(float)
 
 
 def sky_positions(wcs, x, y):
@@ -2502,14 +2444,11 @@ class Result:
 
     origin: Origin
     field: Field
-    objects: np.ndarray
-    segmentation: np.ndarray | None
-    columns: tuple[Column, ...]  # the catalogue's, with their units
+    found: Detections
+    catalog: "DataFrame"
+    columns: tuple[Column, ...]  # of the catalogue, with their units
     settings: list[str]  # how it was made, a line each
     image_format: str | None  # "fits", "tiff", or None to go by the extensions of image products
-    catalog: dict[str, np.ndarray] | None = None
-    text: str = ""  # the catalogue, tab-separated
-    room: np.ndarray | None = None  # memory to use again
 
     def history(self, product):
         """Return lines that say what made a product, which one it is, and with what settings."""
@@ -2523,26 +2462,28 @@ def write_image(product, part, result):
     """Write an image product, floats as float32 unless the image is float64.
 
     FITS has the unit as BUNIT. TIFF keeps neither WCS nor unit, and labels as the smallest unsigned
-    integers that hold them. Returned are the values at the objects.
+    integers that hold them.
     """
-    values = {
-        "background": partial(result.field.level_map, result.room),
-        "rms": result.field.rms_map,
-        "segmentation": lambda: result.segmentation,
-        "subtracted": lambda: result.field.frame.differences(result.field.residual),
-    }[product]()
-    at = at_objects(values, result.objects)
+    match product:
+        case "background":
+            values = result.field.level_map()
+        case "rms":
+            values = result.field.rms_map()
+        case "segmentation":
+            values = result.found.segmentation
+        case "subtracted":
+            values = result.field.frame.differences(result.field.residual)
     if values.dtype == np.float64 and result.origin.dtype != "float64":
         values = values.astype(np.float32)
-    history = result.history(product)
     if (result.image_format or part.path.suffix.lower()) in ("tiff", ".tiff", ".tif"):
         import tifffile
 
         if values.dtype.kind == "i":
             values = values.astype(np.min_scalar_type(values.max()))
+        description = "\n".join(result.history(product))
         with part.writing() as path:
-            tifffile.imwrite(path, values, description="\n".join(history), metadata=None)
-        return at
+            tifffile.imwrite(path, values, description=description, metadata=None)
+        return
     wcs = result.origin.wcs
     with warnings.catch_warnings(action="ignore"):  # of cards that the WCS standard renames
         hdus = wcs.to_fits(relax=True) if wcs else fits.HDUList([fits.PrimaryHDU()])
@@ -2550,21 +2491,20 @@ def write_image(product, part, result):
         primary.data = values
         if result.origin.unit and product != "segmentation":
             primary.header["BUNIT"] = result.origin.unit
-        for line in history:
+        for line in result.history(product):
             primary.header.add_history(line)
         hdus.verify("exception")
     if part.path.suffix in PACKERS:
         write_hdus(hdus, part)
-        return at
+        return
     with part.writing() as path:
         # Large writes are slow where memory for them has to be made, as in a virtual machine.
-        with fits.StreamingHDU(str(path.absolute()), primary.header) as stream:
+        with open(path, "ab+") as file, fits.StreamingHDU(file, primary.header) as stream:
             for rows in portions(values.shape, PIECE):
                 stream.write(values[rows])
         if len(hdus) > 1:  # tables of distortions
             with fits.open(path, "append") as file:
                 file.extend(hdus[1:])
-    return at
 
 
 # How to pack a file without its name and time, which a gzip file else holds.
@@ -2582,25 +2522,17 @@ def write_hdus(hdus, part):
         hdus.writeto(stream)
 
 
-def at_objects(values, objects):
-    """Return the values of a map (ny, nx) at the pixels nearest to the objects' positions."""
-    rows, columns = (
-        np.clip(np.rint(np.nan_to_num(objects[axis])), 0, size - 1).astype(int)
-        for axis, size in zip("yx", values.shape, strict=True)
-    )
-    return values[rows, columns].astype(float)
-
-
 def write_catalog(part, result):
-    """Write the catalogue as tab-separated text."""
-    part.write(result.text.encode())
+    """Write the catalogue as tab-separated text: a line of names, full precision, `nan`."""
+    with part.writing() as path:
+        result.catalog.to_csv(path, sep="\t", index=False, na_rep="nan", lineterminator="\n")
 
 
 def write_catalog_fits(part, result):
     """Write the catalogue as a FITS binary table with units, descriptions and UCDs."""
     from astropy.table import Table
 
-    table = Table(result.catalog)
+    table = Table.from_pandas(result.catalog)
     for column in result.columns:
         table[column.name].description = column.description
     table.meta["HISTORY"] = result.history("catalog_fits")
@@ -2623,7 +2555,7 @@ def write_regions(part, result):
     In sky coordinates (ICRS) where the catalogue has them, else in DS9's 1-based pixels.
     """
     catalog = result.catalog
-    x, y, a, b, theta = (catalog[name] for name in ("x", "y", "a", "b", "theta"))
+    x, y, a, b, theta = (catalog[name].to_numpy() for name in ("x", "y", "a", "b", "theta"))
     if np.isfinite(catalog["ra"]).any():
         system, shapes = "icrs", sky_ellipses(result.origin.wcs, x, y, 3 * a, 3 * b, theta)
         form = 'ellipse({:.15g},{:.15g},{:.9g}",{:.9g}",{:.9g})'
@@ -2633,7 +2565,7 @@ def write_regions(part, result):
     lines = ["# Region file format: DS9 version 4.1", "global color=red", system]
     lines += [
         f"{form.format(*shape)} # text={{{label}}}"
-        for label, shape in zip(catalog["id"], shapes.T, strict=True)
+        for label, shape in zip(catalog["id"], np.transpose(shapes), strict=True)
         if np.isfinite(shape).all()
     ]
     part.write("\n".join([*lines, ""]).encode())
@@ -2737,7 +2669,7 @@ def show_sources(axes, result):
     from matplotlib.collections import EllipseCollection
     from matplotlib.colors import LinearSegmentedColormap
 
-    field, objects = result.field, result.objects
+    field, objects = result.field, result.found.objects
     picture = drawable(field.frame.differences(shrink(field.residual, block_means)))
     masked = np.zeros(picture.shape)
     if field.excluded.any():
@@ -2787,10 +2719,10 @@ def draw_overview(part, result):
     """Draw four panels with colour bars: sources, background, RMS, segmentation (PNG)."""
     from matplotlib.colors import ListedColormap
 
-    field, labels = result.field, result.segmentation
+    field, (objects, labels) = result.field, result.found
     width, height = panel_size(labels.shape)
     whole = 2 * width + 3, 2 * height + 1.5
-    colours = np.random.default_rng(0).uniform(0.3, 1, (len(result.objects) + 1, 3))
+    colours = np.random.default_rng(0).uniform(0.3, 1, (len(objects) + 1, 3))
     colours[0] = 0
     with figure_of(part, figsize=whole, dpi=85, layout="compressed") as figure:
         panels = figure.subplots(2, 2).ravel()
@@ -2818,7 +2750,7 @@ class Part(NamedTuple):
 
     @contextmanager
     def writing(self):
-        """Give the path; tell what keeps it from being written to, as an `InputError`."""
+        """Give the path; turn what keeps it from being written into an `InputError`."""
         try:
             yield self.path
         except OSError as error:
@@ -2838,7 +2770,7 @@ class Product(NamedTuple):
 
     default: str | None
     text: str
-    write: Callable[[Part, Result], np.ndarray | None]
+    write: Callable[[Part, Result], None]
 
     def file_name(self, suffix):
         """Return the default name, if any, an image's with the extension of its format."""
@@ -2867,108 +2799,122 @@ PRODUCTS = {
 }
 
 
-def product_jobs(parts, result, *names):
-    """Return the jobs that write those of these products that have a part."""
-    return [partial(write_product, name, parts[name], result) for name in names if name in parts]
+def write_products(parts, result, threads):
+    """Write each product to its part, shared by this many processes."""
+    list(share([partial(write_product, name, parts[name], result) for name in parts], threads))
 
 
 def write_product(name, part, result):
-    """Write a product, and return what its writer does."""
+    """Write one product."""
     with timed(f"write {name}"):
-        return PRODUCTS[name].write(part, result)
+        PRODUCTS[name].write(part, result)
+
+
+# The signals at which a run removes what it has made before it ends.
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@contextmanager
+def handling_signals(handler):
+    """Let `handler` take the signals that stop a run, but for those ignored, as under nohup."""
+    before = {signum: signal.getsignal(signum) for signum in STOPS}
+    taken = [signum for signum in STOPS if before[signum] != signal.SIG_IGN]
+    for signum in taken:
+        signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum in taken:
+            signal.signal(signum, before[signum])
+
+
+def stop(owner, signum, _):
+    """Stop the process that owns the products by an exception, so that they are removed.
+
+    A worker process, which inherits this handler, ends at once.
+    """
+    if os.getpid() != owner:
+        os._exit(128 + signum)
+    for each in STOPS:  # a second one must not interrupt the removal
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + signum)
 
 
 @contextmanager
 def staged(targets):
     """Yield a `Part` for each target, by the name of its product; at the end, put all in place.
 
-    They are made in a hidden directory beside the target. If anything fails it goes, as do the
-    directories that were made for the targets, and nothing else has changed. A target that can't
-    be written is an `InputError` before anything is done.
+    Products are made in a hidden directory beside their target, which only its owner may enter. If
+    anything fails, or a signal stops the run, it is removed, as are the directories that were made
+    for the targets, and nothing else has changed. A target that can't be written raises an
+    `InputError` before anything is done.
     """
-    token, parts, made = secrets.token_hex(4), {}, []
-    for name, target in targets.items():
-        directory = target.parent / f".source_extractor-{token}"
-        new, old = directory / "new" / target.name, directory / "old" / target.name
-        parts[name] = Part(new, target, old)
+    parts, made, hidden = {}, [], {}
 
     def make(directory):
         for place in reversed([directory, *directory.parents]):
             if not place.exists():
-                made.append(place)
                 place.mkdir(exist_ok=True)
+                made.append(place)
 
-    def clear():
-        for part in parts.values():
-            with suppress(OSError):
-                part.path.unlink()
-        for place in reversed(made):
-            with suppress(OSError):  # it holds something
-                place.rmdir()
+    def prepare(name, target):
+        if target.is_dir():
+            raise InputError(f"{target}: a directory; choose another place for the {name}")
+        make(target.parent)
+        if target.parent not in hidden:
+            place = tempfile.mkdtemp(prefix=".source_extractor-", dir=target.parent)
+            hidden[target.parent] = Path(place)
+            made.append(Path(place))
+        new, old = (hidden[target.parent] / kind for kind in ("new", "old"))
+        make(new)
+        make(old)
+        parts[name] = Part(new / target.name, target, old / target.name)
+        parts[name].path.touch(exist_ok=False)
 
-    try:
-        for part in parts.values():
-            with part.writing():
-                make(part.target.parent)
-        for name, part in parts.items():
-            with part.writing() as path:
-                if part.target.is_dir():
-                    text = f"a directory; choose another place for the {name}"
-                    raise InputError(f"{part.target}: {text}")
-                make(path.parent)
-                make(part.kept.parent)
-                path.touch(exist_ok=False)
-        yield parts
-        if signals_heeded:  # and a library went on all the same
-            sys.exit(128 + signals_heeded[0])
-        for part in parts.values():
-            with part.writing() as path:
-                path.stat()  # what was taken away would seem to be in place
-        with stopping_by(signal.SIG_IGN):
-            outlive(partial(put_in_place, list(parts.values())))
-    finally:
-        with stopping_by(signal.SIG_IGN):
-            clear()
+    with handling_signals(partial(stop, os.getpid())):
+        try:
+            for name, target in targets.items():
+                with Part(target, target, target).writing():
+                    prepare(name, target)
+            yield parts
+            with handling_signals(signal.SIG_IGN):
+                put_in_place(list(parts.values()))
+        finally:
+            with handling_signals(signal.SIG_IGN):
+                for part in parts.values():
+                    with suppress(OSError):
+                        part.path.unlink()
+                for place in reversed(made):
+                    with suppress(OSError):  # it is not empty
+                        place.rmdir()
 
 
 def put_in_place(parts):
-    """Put all parts in place that aren't yet; if one can't be, put back what was kept of all."""
-    waiting = [part for part in parts if part.path.exists()]
-    for part in waiting:
-        with suppress(OSError):  # nothing is there, or it is a file system without links
-            os.link(part.target, part.kept, follow_symlinks=False)
+    """Move all products into place, older ones out of the way first; if one fails, undo it all.
+
+    A product that replaces a file keeps the mode of that file.
+    """
+    for part in parts:
+        with part.writing() as path:
+            path.stat()  # it may have been taken away
     try:
-        for part in waiting:
+        for part in parts:
             with part.writing() as path:
-                if os.path.lexists(part.target) and not os.path.lexists(part.kept):
+                if part.target.is_file() and not part.target.is_symlink():
+                    shutil.copymode(part.target, path)
+                if os.path.lexists(part.target):
                     part.target.replace(part.kept)
                 path.replace(part.target)
     except InputError:
         for part in parts:
-            with suppress(OSError):  # or else it stays where it is kept
-                if not part.path.exists():
-                    part.target.replace(part.path)
+            with suppress(OSError):  # or else the older product stays in the hidden directory
                 if os.path.lexists(part.kept):
                     part.kept.replace(part.target)
-                part.kept.unlink(missing_ok=True)
+                elif not part.path.exists():
+                    part.target.unlink()
         raise
     for part in parts:
         part.kept.unlink(missing_ok=True)
-
-
-@contextmanager
-def stopping_by(handler):
-    """Let `handler` take the signals that stop a process, but for those that nohup ignores."""
-    before = {signum: signal.getsignal(signum) for signum in STOPS}
-    heeded = [signum for signum in STOPS if before[signum] != signal.SIG_IGN]
-    for signum in heeded:
-        signal.signal(signum, handler)
-    try:
-        yield
-    finally:
-        for signum in heeded:
-            if signal.getsignal(signum) == handler:  # not after `stop`
-                signal.signal(signum, before[signum])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2989,7 +2935,7 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=Fa
             value = math.nan
         if not -math.inf < value < math.inf:
             wanted = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"{text.strip()!r} is not {wanted}")
         for is_wrong, what in (
             (value < minimum, f"less than {minimum}"),
             (value > maximum, f"more than {maximum}"),
@@ -2997,17 +2943,25 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=Fa
             (odd and value % 2 == 0, "even; take an odd number"),
         ):
             if is_wrong:
-                raise argparse.ArgumentTypeError(f"{text} is {what}")
+                raise argparse.ArgumentTypeError(f"{text.strip()} is {what}")
         return value
 
     return convert
 
 
+NEGATIVE = re.compile(r"-\.?\d")  # how a negative number begins
+
 LONGEST_MESSAGE = 1000  # characters of what is wrong with the arguments
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that takes any negative number for a value, and whose errors are one line."""
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        # argparse takes -1e-5 for an option, but nothing that begins with a blank.
+        words = [f" {word}" if NEGATIVE.match(word) else word for word in words]
+        return super().parse_args(words, namespace)
 
     def error(self, message):
         message = one_line(message)
@@ -3055,8 +3009,6 @@ def build_parser():
         "\npicture and catalogue.",
         allow_abbrev=False,
     )
-    # Or else argparse takes -1e-5 for an option.
-    parser._negative_number_matcher = re.compile(r"-\.?\d")
     for settings in (BackgroundSettings, ExtractionSettings, PhotometrySettings):
         parser.set_defaults(**asdict(settings()))
     parser.add_argument("image", metavar="IMAGE", type=Path, help="FITS or TIFF image")
@@ -3231,26 +3183,15 @@ def run(args):
                 level = report_header(args, measure_origin)
                 measure_field = build_measure_field(measure_pixels, mask, method, level, threads)
         flag_fields(found, field, measure_field)
-        columns = catalog_columns(args.aperture_diameters, origin.unit, measure_origin.unit)
-        history, form = describe_settings(args, origin), args.image_format
-        result = Result(origin, field, *found, columns, history, form)
-
-        jobs = partial(product_jobs, parts)
-        # The picture doesn't need what is measured.
-        measurements = measure(
-            field, measure_field, found, photometry, threads, jobs(result, "overlay")
+        measured = measure(field, measure_field, found, photometry, threads)
+        catalog = build_catalog(
+            found.objects, measured, field, measure_field, origin.wcs, photometry
         )
-        list(share(jobs(result, "overview", "subtracted", "segmentation"), threads))
-        # The labels make room for the maps of the background; two at once take it for one of them.
-        room = found.segmentation if threads > 1 else None
-        found, result = None, replace(result, segmentation=None, room=room)
-        sky = list(share(jobs(result, "background", "rms"), threads))
-        if measure_field is not field:
-            maps = measure_field.level_map, measure_field.rms_map
-            sky = [at_objects(make(), result.objects) for make in maps]
-        catalog = build_catalog(result.objects, measurements, sky, origin.wcs, photometry, columns)
-        result = replace(result, catalog=catalog, text=tabulate(catalog, threads))
-        list(share(jobs(result, "catalog", "catalog_fits", "regions"), threads))
+        columns = catalog_columns(photometry.aperture_diameters)
+        columns = name_units(columns, origin.unit, measure_origin.unit)
+        history, form = describe_settings(args, origin), args.image_format
+        result = Result(origin, field, found, catalog, columns, history, form)
+        write_products(parts, result, threads)
     for product, path in targets.items():
         log.info("%-13s %s", product, path.name)
 
@@ -3477,24 +3418,6 @@ def start_logging(args):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
-def stop(signum, *_):
-    """End in good order when told to, however often, so that no half product stays behind."""
-    for each in STOPS:
-        signal.signal(each, signal.SIG_IGN)
-    signals_heeded.append(signum)
-    sys.exit(128 + signum)
-
-
-def stop_later(unraisable):
-    """Have it end soon if it was told to where nothing can be raised, as in a weak reference."""
-    if isinstance(unraisable.exc_value, SystemExit):
-        signal.signal(signal.SIGALRM, partial(stop, unraisable.exc_value.code - 128))
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-    # Others come again; an OSError tells of a signal that came just before it was ignored.
-    elif not isinstance(unraisable.exc_value, MemoryError | TooLong | OSError):
-        sys.__unraisablehook__(unraisable)
-
-
 def main(argv=None):
     """Run the tool on command line arguments; return its exit code: 0, or 1 if it failed.
 
@@ -3509,11 +3432,9 @@ def main(argv=None):
     if problem:
         parser.error(problem)
     start_logging(args)
-    # OpenBLAS ends the process if it gets no memory for this; later it would leave parts behind.
-    np.ones((64, 64)) @ np.ones((64, 64))
-    signals_heeded.clear()
     try:
-        with stopping_by(stop):
+        # Until there is something to remove, a signal ends the process at once.
+        with handling_signals(signal.SIG_DFL):
             run(args)
     except InputError as error:
         problem = one_line(error)
@@ -3523,8 +3444,6 @@ def main(argv=None):
         log.debug(traceback.format_exc())
         reason = f"{type(error).__name__}: {one_line(error)}"
         problem = f"{args.image}: a fault of the tool ({reason}); report it with what -v tells"
-    if signals_heeded:  # of which a library may have made another error, or none
-        sys.exit(128 + signals_heeded[0])
     if not problem:
         return 0
     print(f"{PROG}: error: {problem}", file=sys.stderr)
@@ -3532,18 +3451,8 @@ def main(argv=None):
 
 
 def command():
-    """Run `main` in a process of its own, and end it before Python takes apart all it has loaded.
-
-    That would take a tenth of a second. Nor is what is loaded by now searched for garbage.
-    """
-    gc.freeze()
-    sys.unraisablehook = stop_later
-    code = main()
-    atexit._run_exitfuncs()  # matplotlib's removes a directory that it has where HOME is read-only
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # a reader of it may be gone
-            stream.flush()
-    os._exit(code)
+    """Run `main` and end the process with its exit code."""
+    sys.exit(main())
 
 
 if __name__ == "__main__":

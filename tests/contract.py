@@ -17,12 +17,12 @@ SEP_FIELDS = [
     *("cpeak", "peak", "xcpeak", "ycpeak", "xpeak", "ypeak", "flag"),
 ]
 DETECTION = ["id", *SEP_FIELDS]
-MEASUREMENT = [
-    *("ra", "dec", "elongation", "fwhm", "background", "rms", "kron_radius"),
-    *("flux_auto", "fluxerr_auto", "mag_auto", "magerr_auto", "snr"),
-    *("flux_radius", "xwin", "ywin", "flag_auto", "errawin", "errbwin", "errthetawin"),
+FIRST = [
+    *("id", "x", "y", "ra", "dec", "flux_auto", "fluxerr_auto", "snr", "mag_auto", "magerr_auto"),
+    *("flux_radius", "fwhm", "a", "b", "theta", "elongation", "npix", "flag", "flag_auto"),
 ]
-COLUMNS = DETECTION + MEASUREMENT
+LAST = ["background", "rms", "kron_radius", "xwin", "ywin", "errawin", "errbwin", "errthetawin"]
+COLUMNS = [*FIRST, *(name for name in SEP_FIELDS if name not in FIRST), *LAST]
 
 DEFAULTS = {
     "hdu": None,

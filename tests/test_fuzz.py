@@ -105,9 +105,7 @@ def test_a_kernel_file_without_end_is_not_read_to_its_end(run, write, stars, tmp
     result.assert_refused("kernel", "no kernel")
 
 
-@pytest.mark.parametrize(
-    ("kind", "megabytes"), [("AS", 100), ("AS", 300), ("AS", 500), ("DATA", 200), ("DATA", 50)]
-)
+@pytest.mark.parametrize(("kind", "megabytes"), [("AS", 300), ("AS", 500), ("DATA", 200)])
 def test_a_limit_of_memory_costs_one_line(write, tmp_path, kind, megabytes):
     image = write(np.random.default_rng(0).normal(size=(4000, 4000)).astype(np.float32))
     limit = 2 * [megabytes * 10**6]

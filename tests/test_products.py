@@ -117,7 +117,7 @@ def test_a_product_replaces_a_link_and_leaves_alone_what_it_pointed_to(run, writ
     assert run(write(stars), "--catalog", link).code == 0
     assert precious.read_text() == "precious"
     assert not link.is_symlink()
-    assert link.read_text().startswith("id\tthresh")
+    assert link.read_text().startswith("id\tx\ty\t")
 
 
 def test_older_products_are_replaced(run, write, stars):

@@ -1,7 +1,6 @@
 """What is around a run: network, home, locale, directory, paths, and another run beside it."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,40 +57,12 @@ def test_a_run_needs_no_home_display_or_locale_and_leaves_nothing(write, stars, 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     bare = {"HOME": "/proc", "TMPDIR": str(scratch), "LC_ALL": "C", "PYTHONUTF8": "0"}
-    bare |= {"PYTHONCOERCECLOCALE": "0", "MPLBACKEND": "none such"}
+    bare |= {"PYTHONCOERCECLOCALE": "0"}
     products = all_nine(tmp_path / "products")
     done = start(image, *products, "--threads", threads, cwd="/", env=bare)
     assert (done.returncode, done.stderr) == (0, "")
     assert tree(tmp_path / "products").keys() == set(NINE)
     assert not list(scratch.iterdir())
-
-
-WITHOUT_HOME = """
-import os, pwd
-
-def unknown(number):
-    raise KeyError(number)
-
-pwd.getpwuid = unknown
-import source_extractor
-source_extractor.command()
-"""
-
-
-def test_a_user_whom_the_machine_does_not_know_needs_no_home(write, stars, tmp_path):
-    done = start_code(WITHOUT_HOME, write(stars), "-o", tmp_path / "products", env={})
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize(
-    "command", [[sys.executable, SCRIPT], [Path(sys.executable).with_name("source_extractor")]]
-)
-def test_a_user_may_stop_it_while_it_is_loaded(tmp_path, command):
-    code = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
-    (tmp_path / "sep.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("line", ["text.usetex: True", "figure.facecolor: red", "nonsense"])
