@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from astropy.io import fits
+from astropy.table import Table
 
 import source_extractor
 from contract import ON_REQUEST, ONE_ERROR
@@ -103,12 +104,22 @@ def insert_cards(path, *cards):
     return path
 
 
+def exact_path(directory):
+    """Return where the FITS table goes of a run with products in `directory`."""
+    return directory.with_name(f"{directory.name}.exact.fits")
+
+
+def table_path(directory):
+    """Return where the FITS table of a run is, None if it has written none."""
+    paths = exact_path(directory), directory / ON_REQUEST["--catalog-fits"]
+    return next((path for path in paths if path.exists()), None)
+
+
 def read_catalog(directory):
-    """Return the catalogue in a directory, exact to the last digit."""
-    lines = (directory / "catalog.tsv").read_text().splitlines()
-    names, *rows = (line.split("\t") for line in lines)
-    numbers = [[int(text) if text.isdecimal() else float(text) for text in row] for row in rows]
-    return pd.DataFrame(numbers, columns=names)
+    """Return the catalogue of a run: with all digits if it has written a FITS table as well."""
+    if path := table_path(directory):
+        return Table(fits.getdata(path, 1)).to_pandas()
+    return pd.read_csv(directory / "catalog.tsv", sep="\t")
 
 
 def rows_at(catalog, x, y):
@@ -126,4 +137,5 @@ def field_of(
     background = source_extractor.BackgroundSettings()
     method = source_extractor.Method(kernel, err_option, 1, background, extraction, bridge=0)
     mask = np.zeros(image.shape, bool) if mask is None else mask
-    return source_extractor.build_field(image.copy(), mask, noise, method)
+    image = source_extractor.Image.of(image.copy(), mask, noise, method)
+    return source_extractor.build_field(image)

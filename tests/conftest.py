@@ -3,7 +3,7 @@
 import pytest
 from astropy.io import fits
 
-from common import DATA, NINE_OPTIONS, SHAPE, SKY, Run, all_nine, call, extract
+from common import DATA, NINE_OPTIONS, SHAPE, SKY, Run, all_nine, call, exact_path, extract
 from sky import blobs, random_sources, simulate
 
 
@@ -13,7 +13,9 @@ def run(tmp_path, capsys):
 
     def run_tool(*arguments):
         directory = tmp_path / "products"
-        code = call(*arguments, "-o", directory)
+        exact_path(directory).unlink(missing_ok=True)
+        exact = ("--catalog-fits", exact_path(directory))
+        code = call(*arguments, *exact * ("--catalog-fits" not in arguments), "-o", directory)
         result = Run(code, *capsys.readouterr(), directory)
         assert "a fault of the tool" not in result.err
         return result

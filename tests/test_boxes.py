@@ -7,7 +7,7 @@ import pytest
 
 from common import DATA
 from contract import one_line
-from sky import galaxies, simulate
+from sky import galaxies, grid_positions, light, simulate, stars
 
 SHAPE = (1000, 1000)
 TOLD = re.compile(
@@ -56,13 +56,23 @@ def test_the_advised_boxes_keep_the_light(run, write, kind):
     assert brightest(large) > 0.955 * flux
 
 
-def test_two_passes_warn_once_of_what_the_first_loses(run, write):
-    image, flux = cells(300, (510, 490))
-    path = write(image)
-    small = run(path, "--background-passes", 2)
-    assert len(TOLD.findall(small.err)) == 1
-    large = run(path, "--background-passes", 2, *TOLD.search(small.err).group(2).split())
-    assert brightest(large) > 0.955 * flux
+def test_only_of_a_single_pass_boxes_are_told(run, write):
+    path = write(cells(150, (510, 490))[0])
+    once, twice = (run(path, "--background-passes", passes).err for passes in (1, 2))
+    assert TOLD.search(once)
+    assert "background-passes" not in once
+    assert not TOLD.search(twice)
+
+
+def test_a_vignetted_field_is_not_told_to_take_larger_boxes(run, write):
+    shape = (600, 600)
+    x, y = grid_positions(shape, 75, seed=3)
+    nuclei = light(shape, stars(x, y, 1e4, fwhm=12.0), level=180)
+    fall = np.exp(-sum(np.square(np.indices(shape) - 300)) / 300**2)
+    image = np.random.default_rng(3).poisson(20 + fall * nuclei).astype(np.float32)
+    result = run(write(image), "--bw", 128, "--bh", 128)
+    assert np.bincount(result.image("segmentation").ravel())[1:].max() > 128**2
+    assert not TOLD.search(result.err)
 
 
 @pytest.mark.parametrize("passes", [1, 2])

@@ -129,6 +129,24 @@ def test_usable_counts_cost_no_warning(run, write, rate):
     assert "have the value" not in result.err
 
 
+@pytest.mark.parametrize(
+    ("noise", "quantum", "level"), [(0.7, 1, 2), (0.8, 1, 2), (0.4, 1, 100), (0.6, 16, 1008)]
+)
+def test_a_clean_frame_costs_no_warning_however_many_pixels_are_alike(
+    run, write, noise, quantum, level
+):
+    x, y = grid_positions(SHAPE, 50, seed=1)
+    sources = star_table(x, y, 100.0 * quantum)
+    image, _ = simulate(SHAPE, sources, seed=2, level=level, noise=noise * quantum)
+    image = np.clip(np.rint(image / quantum), 0, 255) * quantum
+    assert np.unique(image, return_counts=True)[1].max() > 0.4 * image.size
+    result = run(write(image.astype(np.int16)), "--thresh", 4)
+    assert result.err == ""
+    assert len(result.catalog) == len(match(result.catalog, {"x": x, "y": y}, 1)[0]) == len(x)
+    rounded = np.sqrt(noise**2 + 1 / 6)  # once in the image, once as it is spread out
+    assert np.median(result.image("rms")) / quantum == pytest.approx(rounded, abs=0.05)
+
+
 def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
     image = np.random.default_rng(1).normal(100, 5, SHAPE).astype(np.float32)
     image[:, :230] = 0

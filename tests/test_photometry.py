@@ -10,7 +10,7 @@ import sep
 from astropy.io import fits
 from numpy.testing import assert_allclose, assert_array_equal
 
-from common import extract, read_catalog, rows_at
+from common import exact_path, extract, read_catalog, rows_at
 from sky import grid_positions, simulate, vstack
 from sky import stars as star_table
 from truth import nearest
@@ -44,6 +44,7 @@ def measured(request, tmp_path_factory, crowded):
     extract(
         *(directory / "image.fits", "-o", directory, "--subtracted", directory / "sub.fits"),
         *("--zeropoint", ZEROPOINT, "--aperture-diameters", *DIAMETERS),
+        *("--catalog-fits", exact_path(directory)),
         *NOISE_OPTIONS[request.param],
         *file,
     )

@@ -204,7 +204,7 @@ def test_odd_distortions_cost_one_line_and_no_position(
     assert re.fullmatch(one_line("warning", f".*{told}.*"), result.err)
     labels = {line.split()[0] for line in result.out.splitlines()}
     reports = {"image", "masked", "background", "threshold", "sources"}
-    assert labels == reports | {"rms", "segmentation", "overlay", "catalog"}
+    assert labels == reports | {"rms", "segmentation", "overlay", "catalog", "catalog_fits"}
     assert_on_sky(result.catalog, true_sky(flat, result.catalog, ICRS()))
     product = result.directory / "background.fits"
     assert_on_sky(result.catalog, true_sky(product, result.catalog, ICRS()))

@@ -24,7 +24,7 @@ def refuse(*args, **kwargs):
 
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import source_extractor
-source_extractor.command()
+sys.exit(source_extractor.main())
 """
 
 

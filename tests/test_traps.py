@@ -121,7 +121,7 @@ def test_sep_ends_the_interpreter(call, image, tmp_path):
 
 
 def test_sep_bears_the_most_levels_that_the_tool_takes(image, tmp_path):
-    assert end_of("sep.extract(image, 3, deblend_nthresh=1024)", image, tmp_path) == 0
+    assert end_of("sep.extract(image, 3, deblend_nthresh=64)", image, tmp_path) == 0
 
 
 @trap("image or mask of int8")

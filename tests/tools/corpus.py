@@ -1,4 +1,7 @@
-"""Odd files, and ways to spoil good ones: what `fuzz.py` feeds the tool with."""
+"""Odd files, and ways to spoil good ones: what `fuzz.py` feeds the tool with.
+
+Most are what people have. Others are crafted: they hold numbers that nobody but a fuzzer writes.
+"""
 
 import bz2
 import gzip
@@ -6,6 +9,7 @@ import io
 import re
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 from astropy.io import fits
@@ -119,8 +123,18 @@ def corpus_of_oddities():
     files["hdf5"], files["pdf"] = b"\x89HDF\r\n\x1a\n" + bytes(2000), b"%PDF-1.7\n" + bytes(999)
     files["png"] = pillow_bytes(spots.astype("u1"), format="PNG")
     files["gzip of nothing.gz"], files["gzip of text.gz"] = gzip.compress(b""), gzip.compress(b"a")
-    # Zeros without end, and a gigabyte of them in a strip of 4 kB.
-    files["bomb.fits.gz"] = gzip.compress(files["constant.fits"] + bytes(10**8))
+    files["page.fits"] = b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n"
+    files["archive.fits"] = b"PK\x03\x04\x14\0\0\0\x08\0" + bytes(2000)
+    whole = tiff_bytes(spots.astype("u1"), compression="zlib", rowsperstrip=40)
+    files["tiff.fits"], files["fits.tif"] = whole, files["constant.fits"]
+    return files
+
+
+def crafted_files():
+    """Return files that ask for any time or memory by numbers that nobody but a fuzzer writes."""
+    spots = stars()
+    # Zeros without end, and a gigabyte of them in a strip of 1 MB.
+    files = {"bomb.fits.gz": gzip.compress(fits_of(fits.PrimaryHDU(spots)) + bytes(10**8))}
     strip = zlib.compress(bytes(10**9))
     whole = tiff_bytes(spots.astype("u1"), compression="zlib", rowsperstrip=40)
     bomb = patched_tiff(whole + strip, "StripOffsets", len(whole))
@@ -192,12 +206,15 @@ def move_blocks(content, rng):
     return rng.choice((without, content[:place] + piece + content[place:], without + piece))
 
 
+# What a card may say instead, and numbers that nobody but a fuzzer writes.
 LIES = (
-    *("0", "-1", "1", "2", "3", "7", "8", "16", "-32", "999", "1000", "100000", "1000000000"),
-    *("2147483647", "-2147483648", "4294967296", "9223372036854775807", "99999999999999999999"),
+    *("0", "-1", "1", "2", "3", "7", "8", "16", "-32", "49", "999", "1000", "100000"),
     *("1.5", "1E400", "-1E-400", "NaN", "Inf", "T", "F", "''", "'text'", "(1, 2)", ""),
-    *("'RA---TAN'", "'RICE_1'", "'1PB(9999999999)'", "'999999999D'", "'IMAGE'", "'BINTABLE'"),
-    "'Jy/beam'",
+    *("'RA---TAN'", "'RICE_1'", "'IMAGE'", "'BINTABLE'", "'Jy/beam'"),
+)
+GIANT_LIES = (
+    *("1000000000", "2147483647", "-2147483648", "4294967296", "9223372036854775807"),
+    *("99999999999999999999", "'1PB(9999999999)'", "'999999999D'"),
 )
 KEYS = (
     *("BITPIX", "NAXIS", "NAXIS1", "NAXIS2", "NAXIS3", "PCOUNT", "GCOUNT", "TFIELDS", "BLANK"),
@@ -209,20 +226,20 @@ KEYS = (
 )
 
 
-def lie_in_header(content, rng):
-    """Change, add or repeat cards of any header of a FITS file."""
+def lie_in_header(content, rng, lies=LIES):
+    """Change cards of any header of a FITS file; giant lies are repeated as well."""
     spoilt = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5))):
         card = re.compile(rb"[A-Z0-9_-]{1,8} *=? ").match
         cards = [at for at in range(0, len(spoilt) - 79, 80) if card(spoilt, at)]
-        key, lie = rng.choice(KEYS), rng.choice(LIES)
+        key, lie = rng.choice(KEYS), rng.choice(lies)
         own = [at for at in cards if bytes(spoilt[at : at + 8]).decode("latin-1").strip() == key]
         at = rng.choice(own or cards or [0])
         if rng.random() < 0.3:
             key = bytes(spoilt[at : at + 8]).decode("latin-1").strip()
         line = f"{key:8}= {lie:>20}".encode()
         spoilt[at : at + 80] = f"{line[:80].decode('latin-1'):80}".encode("latin-1")
-    if rng.random() < 0.05:
+    if lies is GIANT_LIES and rng.random() < 0.1:
         line, count = rng.choice((b"CONTINUE  'a&'", b"HISTORY a", b"")), rng.choice((100, 10**5))
         spoilt[80:80] = line.ljust(80) * (count // 36 * 36)
     return bytes(spoilt)
@@ -236,14 +253,16 @@ def entries(content):
     return order, start, [start + 2 + 12 * i for i in range(count)]
 
 
-def lie_in_directory(content, rng):
-    """Change types, counts and values of tags of a TIFF, or let a directory lead to itself."""
+def lie_in_directory(content, rng, giant=False):
+    """Change types, counts and values of tags of a TIFF; giant: also let it lead to itself."""
     try:
         order, start, places = entries(content)
     except struct.error:
         return flip_bytes(content, rng)
     spoilt = bytearray(content)
-    numbers = (0, 1, 2, 3, 17, 255, 32773, 65535, 10**8, 2**31, 2**32 - 1, start, len(content) - 4)
+    numbers = (0, 1, 2, 3, 17, 41, 255, 32773, 65535)
+    if giant:
+        numbers = (10**8, 2**31, 2**32 - 1, start, len(content) - 4)
     for _ in range(rng.choice((1, 1, 2, 4))):
         at, what = rng.choice(places), rng.randrange(6)
         if what == 0:
@@ -263,17 +282,27 @@ def lie_in_directory(content, rng):
 
 def corpus():
     """Return all files, by their family and name."""
-    makers = {"FITS": corpus_of_fits, "TIFF": corpus_of_tiff, "oddity": corpus_of_oddities}
+    makers = {"FITS": corpus_of_fits, "TIFF": corpus_of_tiff, "odd": corpus_of_oddities}
+    makers["crafted"] = crafted_files
     return {(kind, name): file for kind, make in makers.items() for name, file in make().items()}
+
+
+SPOIL = {"cut short": cut_short, "bytes flipped": flip_bytes, "blocks moved": move_blocks}
+LIE = {
+    "FITS": {"lies": lie_in_header, "crafted": partial(lie_in_header, lies=GIANT_LIES)},
+    "TIFF": {"lies": lie_in_directory, "crafted": partial(lie_in_directory, giant=True)},
+}
 
 
 def spoilt(family, name, content, rng):
     """Return how a file is spoilt, if it is, and what becomes of it."""
-    if family == "oddity" or rng.random() > 0.93:
+    if family not in LIE:
+        return "crafted" if family == "crafted" else "whole", content
+    if rng.random() > 0.93:
         return "whole", content
-    lie = lie_in_header if family == "FITS" else lie_in_directory
-    spoil = rng.choice((cut_short, flip_bytes, move_blocks, lie, lie, lie))
+    ways = SPOIL | LIE[family]
+    how = rng.choice((*SPOIL, "lies", "lies", "crafted"))
     packing = {"gz": gzip, "bz2": bz2}.get(name.rpartition(".")[2])
     if packing and rng.random() < 0.5:
-        return spoil.__name__, packing.compress(spoil(packing.decompress(content), rng))
-    return spoil.__name__, spoil(content, rng)
+        return how, packing.compress(ways[how](packing.decompress(content), rng))
+    return how, ways[how](content, rng)

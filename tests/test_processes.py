@@ -1,0 +1,222 @@
+"""Processes: who works on an image changes nothing that is found; a run leaves none of them."""
+
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from skimage.measure import label
+
+import source_extractor
+from common import SCRIPT, all_nine, call, field_of
+from contract import NINE, ONE_ERROR
+from sky import blobs, random_sources, simulate
+from source_extractor import InputError, find_sources, make_kernel, share
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Let the objects be settled and measured in batches of seven."""
+    monkeypatch.setattr(source_extractor, "BATCH", 7)
+
+
+def crowded_sky(pixels_per_source=150, shape=(420, 300)):
+    sources = random_sources(shape, shape[0] * shape[1] // pixels_per_source, seed=1)
+    return simulate(shape, sources, seed=2, level=100.0)[0].astype(np.float32)
+
+
+def holes(shape):
+    mask = np.random.default_rng(3).random(shape) < 0.02
+    mask[200:230] = True
+    mask[:, 100:103] = True
+    return mask
+
+
+@pytest.mark.parametrize("kernel", ["none", "default", "gaussian"])
+@pytest.mark.parametrize("noise", ["float_globalrms", "array_rms", "none"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_of_objects_change_nothing(monkeypatch, kernel, noise, threads):
+    image = crowded_sky()
+    kernel, mask = make_kernel(kernel, 6.0, None), holes(image.shape)
+    whole = find_sources(field_of(image, kernel, noise, mask))
+    assert len(whole.objects) > 50
+    monkeypatch.setattr(source_extractor, "BATCH", 7)
+    objects, labels = find_sources(field_of(image, kernel, noise, mask), threads)
+    assert_array_equal(labels, whole.segmentation)
+    for name in objects.dtype.names:  # a Fourier transform of another window rounds otherwise
+        assert_allclose(objects[name], whole.objects[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert_array_equal(np.bincount(labels.ravel())[1:], objects["npix"])
+    assert not labels[mask].any()
+    assert (objects["flag"] & source_extractor.BESIDE_MASK > 0).any()
+
+
+@pytest.mark.parametrize("levels", [1, 32])
+def test_objects_stand_in_the_order_in_which_their_groups_end(levels):
+    field = field_of(crowded_sky(), clean=False, deblend_nthresh=levels)
+    objects, labels = find_sources(field)
+    groups = label(labels > 0, connectivity=2)
+    assert (groups.max() < len(objects)) == (levels > 1)
+    ends = []
+    for y, x in zip(objects["ypeak"], objects["xpeak"], strict=True):
+        rows, columns = np.nonzero(groups == groups[y, x])
+        ends.append((rows.max(), columns[rows == rows.max()].max()))
+    assert ends == sorted(ends)
+
+
+@pytest.fixture
+def sky(write):
+    """Return a sky of many objects, with a trail across them and masked pixels."""
+    image = crowded_sky(400, (300, 120))
+    image[40:250, 40] += 200
+    image[200:210, :30] = np.nan
+    return write(image)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("options", [(), ("--err-option", "array_rms", "--background-passes", "2")])
+def test_products_are_the_same_for_any_number_of_processes(sky, tmp_path, options):
+    written = []
+    for threads in (1, 2, 3):
+        output = tmp_path / f"by {threads}"
+        assert call(sky, "-q", *all_nine(output), "--threads", threads, *options) == 0
+        written.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert set(written[0]) == NINE
+    assert all(others == written[0] for others in written[1:])
+    assert not multiprocessing.active_children()
+
+
+def test_jobs_come_back_in_their_order():
+    def job(number):
+        time.sleep(0.02 * (number % 3))
+        return number, os.getpid()
+
+    numbers, processes = zip(*share([partial(job, i) for i in range(20)], 3), strict=True)
+    assert numbers == tuple(range(20))
+    assert len(set(processes)) == 3
+    assert os.getpid() not in processes
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_a_job_raises_is_raised(threads):
+    def refuse():
+        raise InputError("no such thing")
+
+    with pytest.raises(InputError, match="no such thing"):
+        list(share([int, refuse, int], threads))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_process_that_is_killed_costs_one_line(run, sky, monkeypatch):
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(source_extractor, "settle_objects", die)
+    run(sky, "--threads", "2").assert_refused("killed", "--threads")
+    assert not multiprocessing.active_children()
+
+
+def processes(marker):
+    """Return the numbers of the processes, by their parents', whose command line holds a text."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and str(marker) in (entry / "cmdline").read_text():
+                parent = re.search(r"^PPid:\s+(\d+)", (entry / "status").read_text(), re.MULTILINE)
+                found.setdefault(int(parent[1]), []).append(int(entry.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def workers(process, marker):
+    """Return the numbers of the processes that share a run; that which tries a file is alone."""
+    children = processes(marker).get(process.pid, [])
+    return children if len(children) > 1 else None
+
+
+def wait_for(condition):
+    """Wait for a condition to hold, and return it; give up after a minute."""
+    for _ in range(600):
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+@pytest.fixture
+def noise(write):
+    """Return an image whose objects are so many that it takes a while."""
+    return write(np.random.default_rng(1).normal(size=(2000, 900)).astype(np.float32))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.parametrize("victim", ["parent by TERM", "parent by KILL", "child"])
+def test_a_killed_run_leaves_no_process_and_no_product(noise, tmp_path, victim):
+    output = tmp_path / "products"
+    command = [SCRIPT, noise, "-o", output, "--threads", "2", "--thresh", "0.3", "--minarea", "1"]
+    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+    children = wait_for(lambda: workers(process, noise))
+    if victim == "child":
+        os.kill(children[0], signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGKILL if "KILL" in victim else signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == {"child": 1, "parent by TERM": 143}.get(victim, -signal.SIGKILL)
+    assert re.fullmatch(ONE_ERROR if victim == "child" else "", errors)
+    wait_for(lambda: not processes(noise))
+    if victim == "parent by KILL":
+        assert all(path.name.startswith(".") for path in output.iterdir())
+    else:
+        assert not output.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_a_run_under_nohup_outlives_its_terminal(noise, tmp_path):
+    output = tmp_path / "products"
+    command = ["nohup", sys.executable, SCRIPT, noise, "-q", "-o", output, "--threads", "2"]
+    command += ["--thresh", "1"]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **streams, start_new_session=True)
+    wait_for(lambda: workers(process, noise))
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert len(list(output.iterdir())) == 5
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_process_that_cannot_start_costs_one_line(run, write, monkeypatch, first):
+    fork, forks = os.fork, []
+
+    def refuse():
+        forks.append(1)
+        if len(forks) <= first:
+            return fork()
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    path = write(blobs((100, 120), (10, 40), peak=100, seed=1))
+    monkeypatch.setattr(os, "fork", refuse)
+    run(path, "--threads", "2").assert_refused("--threads" if first else path)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), None])
+def test_a_picture_that_is_not_drawn_costs_one_line(run, sky, monkeypatch, error):
+    def fail(*_):
+        if error:
+            raise error
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    overlay = source_extractor.PRODUCTS["overlay"]._replace(write=fail)
+    monkeypatch.setitem(source_extractor.PRODUCTS, "overlay", overlay)
+    run(sky, "--threads", "2").assert_refused("No space left" if error else "killed")
+    assert not multiprocessing.active_children()
