@@ -342,10 +342,14 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
         raise InputError(f"{path.name}: packed by compress (.Z); unpack it first (gzip -d)")
     if not head.startswith(TIFF_MAGIC + FITS_MAGIC):
         raise InputError(f"{path.name}: neither a FITS nor a TIFF file; convert it to one of them")
-    with ExitStack() as files:
+    with ExitStack() as files:  # imports stand here, or the child process would do them as well
         if head.startswith(TIFF_MAGIC):
+            import tifffile  # noqa: F401
+
             opened = partial(open_tiff, path, hdu)
         else:
+            import astropy.wcs  # noqa: F401
+
             opened = partial(open_fits, path, files.enter_context(unpacked(path)), hdu)
         try_to_open(path, opened)
         files.enter_context(passing_on_warnings(path))
