@@ -211,7 +211,7 @@ class Origin:
     black: int | None = None  # value of black in a TIFF in which 0 is white
     palette: bool = False  # whether pixels are numbers of colours
     product: str | None = None  # which of this tool's own products the file is
-    saturation: float = math.nan  # the header's SATURATE, where it can be a level
+    saturation: float = math.nan  # level of saturated pixels: the header's SATURATE, if usable
 
 
 class Stack(NamedTuple):
@@ -682,6 +682,13 @@ def read_image(path, hdu=None, plane=None, blank=()):
     return origin, pixels
 
 
+def read_aligned(path, hdu, plane, shape):
+    """Read a plane of the image's shape (ny, nx), as `read_plane`; a stack gives its `plane`."""
+    origin, pixels = read_plane(path, hdu, plane, lone_serves_all=True)
+    require_shape(origin, pixels, shape)
+    return origin, pixels
+
+
 def require_shape(origin, pixels, shape):
     """Raise InputError unless pixels have the shape (ny, nx) of the image to work on."""
     if pixels.shape != shape:
@@ -691,12 +698,8 @@ def require_shape(origin, pixels, shape):
 
 @timed("read mask")
 def read_mask(path, hdu, plane, maskthresh, bits, shape):
-    """Read a mask (ny, nx): True where NaN, at any of `bits`, or without them over `maskthresh`.
-
-    Of a stack it is the image's `plane`, as in `read_noise`.
-    """
-    origin, stored = read_plane(path, hdu, plane, lone_serves_all=True)
-    require_shape(origin, stored, shape)
+    """Read a mask (ny, nx): True where NaN, at any of `bits`, or without them over `maskthresh`."""
+    origin, stored = read_aligned(path, hdu, plane, shape)
     if bits is None:
         return ~(stored <= maskthresh)
     if np.dtype(origin.dtype).kind == "f":
@@ -714,9 +717,7 @@ def read_noise(path, hdu, plane, kind, shape):
     The file holds a `kind` of "stddev", "variance", or "weight", which is an inverse variance.
     Where it has no usable value, the noise isn't finite or isn't positive.
     """
-    origin, stored = read_plane(path, hdu, plane, lone_serves_all=True)
-    require_shape(origin, stored, shape)
-    noise = to_float(stored)
+    noise = to_float(read_aligned(path, hdu, plane, shape)[1])
     with np.errstate(divide="ignore", invalid="ignore"):
         if kind != "stddev":
             np.sqrt(noise, out=noise)
@@ -958,8 +959,9 @@ class Frame:
     @np.errstate(over="ignore")
     def levels(self, values):
         """Bring levels back into image values, in place, and return them."""
-        values *= self.scale
-        values += self.offset
+        if self != Frame():
+            values *= self.scale
+            values += self.offset
         return values
 
     @np.errstate(over="ignore")
@@ -1003,11 +1005,12 @@ class Image:
         """
         saturated = ([], []) if math.isnan(saturation) else np.nonzero(pixels >= saturation)
         frame = Frame.of(pixels, mask)
-        with np.errstate(over="ignore", invalid="ignore"):
-            pixels -= frame.offset
-            pixels /= frame.scale
-            if noise is not None:
-                noise /= frame.scale
+        if frame != Frame():
+            with np.errstate(over="ignore", invalid="ignore"):
+                pixels -= frame.offset
+                pixels /= frame.scale
+                if noise is not None:
+                    noise /= frame.scale
         if not -LARGEST < np.nanmin(pixels) <= np.nanmax(pixels) < LARGEST:
             mask = mask | too_large(pixels)
         return cls(pixels, mask, noise, saturated, method.within(frame), frame)
@@ -1830,7 +1833,7 @@ def unit_of_sums(text):
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
-def build_catalog(found, measured, field, measure_field, wcs, settings):
+def build_catalog(columns, found, measured, field, measure_field, wcs, settings):
     """Return the catalogue as a DataFrame of `catalog_columns`, with a row for each object.
 
     Here fluxes and levels leave the frames of the two fields, in which the objects were `found` and
@@ -1838,7 +1841,7 @@ def build_catalog(found, measured, field, measure_field, wcs, settings):
     """
     from pandas import DataFrame
 
-    columns, objects = catalog_columns(settings.aperture_diameters), found.objects
+    objects = found.objects
     table = {name: objects[name] for name in objects.dtype.names} | measured
     table["id"] = np.arange(1, len(objects) + 1)
     frames = {"image": field.frame, "measure": measure_field.frame}
@@ -2635,6 +2638,9 @@ def run(args):
     if args.measure_image:
         chosen = args.measure_image, args.measure_hdu, args.measure_plane, args.blank
         measure_origin, measure_pixels = read_measure_image(*chosen, origin, pixels.shape)
+    if args.saturation is not None:
+        both = origin, measure_origin
+        origin, measure_origin = (replace(each, saturation=args.saturation) for each in both)
     targets = product_paths(args)
     with staged(targets) as paths:  # first, so that a place that can't be written fails at once
         if args.threads > 1:
@@ -2642,10 +2648,9 @@ def run(args):
         with about(origin.name):
             mask = build_mask(pixels, mask, noise, args.mask_box)
             padding, values = padding_of(pixels, mask), sample(pixels, mask)
-            level = origin.saturation if args.saturation is None else args.saturation
             report_image(origin, pixels, mask)
-            report_header(origin, level)
-            image = Image.of(pixels, mask, noise, method, level)
+            report_header(origin)
+            image = Image.of(pixels, mask, noise, method, origin.saturation)
             field = measure_field = subtract_background(image, args.threads)
             report_field(field)
             counts = counts_advice(field, values[values != padding])
@@ -2660,14 +2665,14 @@ def run(args):
         if args.measure_image:
             with about(measure_origin.name):
                 mask = build_mask(measure_pixels, mask, None, [])
-                level = measure_origin.saturation if args.saturation is None else args.saturation
-                report_header(measure_origin, level)
+                report_header(measure_origin)
+                level = measure_origin.saturation
                 image = Image.of(measure_pixels, mask, None, method.for_measuring(), level)
                 measure_field = subtract_background(image, args.threads)
         found = flag_pixels(found, field, measure_field)
         measured = measure(field, measure_field, found, photometry, args.threads)
-        catalog = build_catalog(found, measured, field, measure_field, origin.wcs, photometry)
-        columns = catalog_columns(photometry.aperture_diameters)
+        columns, both = catalog_columns(photometry.aperture_diameters), (field, measure_field)
+        catalog = build_catalog(columns, found, measured, *both, origin.wcs, photometry)
         columns = name_units(columns, origin.unit, measure_origin.unit)
         settings = describe_settings(args, origin)
         result = Result(origin, field, found, catalog, columns, settings, args.image_format)
@@ -2711,12 +2716,12 @@ def report_image(origin, pixels, mask):
     log.info("masked        %.2f %% (%d pixels have no finite value)", masked, bad)
 
 
-def report_header(origin, saturation):
+def report_header(origin):
     """Log the area of the beam and the level of saturated pixels, if they are known."""
     if origin.beam:
         log.info("beam          %.6g pixels, by which to divide fluxes", origin.beam)
-    if not math.isnan(saturation):
-        log.info("saturation    %.6g", saturation)
+    if not math.isnan(origin.saturation):
+        log.info("saturation    %.6g", origin.saturation)
 
 
 def report_field(field):
