@@ -14,8 +14,10 @@ are True where a pixel is excluded; `theta` is in radians from +x towards +y.
 """
 
 import argparse
+import atexit
 import bz2
 import fcntl
+import gc
 import gzip
 import io
 import itertools
@@ -348,9 +350,11 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
 
             opened = partial(open_tiff, path, hdu)
         else:
-            import astropy.wcs  # noqa: F401
-
-            opened = partial(open_fits, path, files.enter_context(unpacked(path)), hdu)
+            file = files.enter_context(unpacked(path))
+            file.seek(0)
+            if b"CTYPE" in file.read(2**16):
+                import astropy.wcs  # noqa: F401
+            opened = partial(open_fits, path, file, hdu)
         try_to_open(path, opened)
         files.enter_context(passing_on_warnings(path))
         stack = files.enter_context(opened())
@@ -2771,6 +2775,7 @@ def main(argv=None):
     except OSError as error:  # of os.getcwd
         parser.error(f"the current directory can't be used ({error.strerror})")
     start_logging(args)
+    atexit.register(gc.freeze)  # or else the interpreter looks for cycles for 0.6 s when it ends
     try:
         # Until there is something to remove, a signal ends the process at once.
         with handling_signals(signal.SIG_DFL):
