@@ -137,5 +137,4 @@ def field_of(
     background = source_extractor.BackgroundSettings()
     method = source_extractor.Method(kernel, err_option, 1, background, extraction, bridge=0)
     mask = np.zeros(image.shape, bool) if mask is None else mask
-    image = source_extractor.Image.of(image.copy(), mask, noise, method)
-    return source_extractor.build_field(image)
+    return source_extractor.build_field(image.copy(), mask, noise, method)

@@ -42,7 +42,6 @@ FAILURES = {
     "plane that is not there": (1, ["--plane", "1"]),
     "target is a directory": (2, ["--catalog", "folder"]),
     "target becomes a directory": (1, ["--catalog", "new/x", "--rms", "new/x/rms.fits"]),
-    "more columns than FITS has": (2, ["--aperture-diameters", *map(str, range(1, 240))]),
     "target is a device": (2, ["--overview", os.devnull]),
     "target is the image": (2, ["--background", "image.fits"]),
     "target is the image by another name": (2, ["--subtracted", "folder/../image.fits"]),
@@ -116,7 +115,7 @@ def test_a_product_that_can_not_be_put_in_place_takes_the_others_back(
     before, put = tree(old), os.replace
 
     def refuse(source, target):
-        if "new" in Path(source).parts and str(target).endswith("sources.reg"):
+        if Path(source).name.startswith("new_") and str(target).endswith("sources.reg"):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         put(source, target)
 
@@ -212,7 +211,7 @@ def test_a_product_keeps_the_mode_of_the_file_that_it_replaces(write, stars, old
 def test_a_product_that_is_taken_away_in_time_fails_the_run(write, stars, old, monkeypatch, capsys):
     def take_away(*args, **kwargs):
         write_products(*args, **kwargs)
-        for path in old.glob(".source_extractor-*/new/rms.fits"):
+        for path in old.glob(".source_extractor-*/new_rms.fits"):
             path.unlink()
 
     image, before, write_products = write(stars), tree(old), source_extractor.write_products
@@ -267,7 +266,7 @@ def test_no_room_to_unpack_an_image_is_not_taken_for_damage(run, write, stars):
     image = write(stars, "image.fits.gz")
     with largest_file(50_000):
         result = run(image)
-    result.assert_refused("image.fits.gz", "unpacked", "TMPDIR")
+    result.assert_refused("image.fits.gz", os.strerror(errno.EFBIG))
 
 
 @pytest.mark.parametrize(

@@ -458,12 +458,6 @@ def test_what_is_said_to_a_closed_stream_goes_to_no_other(write, stars, tmp_path
     assert ("sources " in said) == (not options and closed == "2>&-")
 
 
-def test_what_libraries_warn_of_is_not_for_the_user(write, stars, tmp_path):
-    image = np.where(stars > 100, 1.7e308, -1.7e308)
-    result = start(write(image), "-q", cwd=tmp_path)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
 @pytest.mark.parametrize("option", ["-q", "--quiet"])
 def test_quiet_silences_reports_and_warnings(run, write, option):
     result = run(write(CONSTANT), option)
@@ -502,7 +496,7 @@ def test_a_fault_of_the_tool_is_called_so(write, stars, tmp_path, monkeypatch, c
     assert re.fullmatch(ONE_ERROR, said.err)
     assert "a fault of the tool (KeyError: 'no such')" in said.err
     assert ("Traceback" in said.out) == (option == "-v")
-    assert not (tmp_path / "products").exists()
+    assert not list(tmp_path.glob("products/*"))
 
 
 def test_a_run_imports_only_what_it_needs(write, stars, tmp_path):

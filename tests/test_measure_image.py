@@ -132,3 +132,21 @@ def test_an_absolute_threshold_is_for_the_detection_image_alone(run, write, crow
     others = [write(crowded * factor, f"{factor}.fits") for factor in (1, 100)]
     one, hundred = (run(detection, *options, "--measure-image", other).catalog for other in others)
     assert_allclose(hundred["flux_auto"], 100 * one["flux_auto"], rtol=1e-3, atol=1)
+
+
+def test_what_only_the_image_lacks_is_measured_on_the_other(run, write, stars):
+    alone = run(write(stars), "--thresh", 5, "--aperture-diameters", 6).catalog
+    x, y = alone[["x", "y"]].iloc[alone["flux"].argmax()]
+    holed = stars.copy()
+    holed[round(y), round(x) + 1] = np.nan
+    options = (
+        "--thresh",
+        5,
+        "--aperture-diameters",
+        6,
+        "--measure-image",
+        write(stars, "whole.fits"),
+    )
+    catalog = run(write(holed, "holed.fits"), *options).catalog
+    both = rows_at(catalog, [x], [y]), rows_at(alone, [x], [y])
+    assert_allclose(*(rows["flux_aper_6"] for rows in both), rtol=0.02)

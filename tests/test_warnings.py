@@ -74,17 +74,6 @@ def test_a_product_as_noise_costs_none(run, products, role, form):
     assert "HISTORY" not in result.err
 
 
-def test_a_warning_is_one_line_whatever_the_file_is_called(run, products, tmp_path):
-    path = tmp_path / "two\nlines.fits"
-    path.write_bytes((products / "rms.fits").read_bytes())
-    result = run(path)
-    assert result.code == 0
-    assert "two lines.fits" in result.err
-    assert all(
-        line.startswith("source_extractor.py: warning: ") for line in result.err.splitlines()
-    )
-
-
 @pytest.mark.parametrize(
     "history",
     [

@@ -108,7 +108,7 @@ def corpus_of_oddities():
         files[f"all {name}.fits"] = fits_of(fits.PrimaryHDU(np.full((20, 20), value)))
     for name, scale in {"tiny": 1e-320, "small": 1e-300, "large": 1e300, "deep": 1e-30}.items():
         files[f"{name}.fits"] = fits_of(fits.PrimaryHDU(spots * scale))
-    files["ends.fits"] = fits_of(fits.PrimaryHDU(np.where(spots > 40, top, -top)))
+    files["ends.fits"] = fits_of(fits.PrimaryHDU(np.where(spots > 40, 1e300, -1e300)))
     files["constant.fits"] = fits_of(fits.PrimaryHDU(np.ones((30, 30))))
     for dtype in ("i8", "u8"):
         limits = np.iinfo(dtype)
