@@ -1150,8 +1150,10 @@ def share(jobs, threads):
             for process in multiprocessing.active_children():  # what they still do is of no use
                 process.kill()
             if isinstance(error, BrokenProcessPool | OSError):
-                text = f"worker processes failed ({one_line(error)}); if memory is short, try"
-                raise InputError(f"{text} a smaller --threads") from error
+                killed = isinstance(error, BrokenProcessPool)
+                reason = "one was killed" if killed else one_line(error)
+                text = f"worker processes failed ({reason}); if memory is short, try a smaller"
+                raise InputError(f"{text} --threads") from error
             raise
         finally:
             pool.shutdown(cancel_futures=True)

@@ -229,7 +229,8 @@ def test_memory_stays_in_proportion_to_the_image(found):
         "theta": (0, 0),
     }.items():
         objects[name] = values
-    field = replace(found.field, residual=residual, mask=np.zeros((side, side), bool))
+    mask, background = np.zeros((side, side), bool), sep.Background(residual)
+    field = replace(found.field, residual=residual, mask=mask, background=background)
     tracemalloc.start()
     try:
         measured = measure(field, objects, segmentation)
