@@ -161,11 +161,12 @@ class Method:
 
     def for_measuring(self):
         """Return the method for another image: no noise image, no threshold in image values."""
+        if self.measures_noise():
+            return self
         extraction = self.extraction
         if self.err_option == "none":
             extraction = replace(extraction, thresh=ExtractionSettings.thresh)
-        err_option = self.err_option if self.measures_noise() else "float_globalrms"
-        return replace(self, err_option=err_option, extraction=extraction)
+        return replace(self, err_option="float_globalrms", extraction=extraction)
 
 
 def aperture(diameter):
@@ -235,10 +236,7 @@ def first_bytes(path, size):
 
 @contextmanager
 def reading(path):
-    """Turn whatever a damaged file makes a library raise into an `InputError`.
-
-    Only calls of libraries belong in it: faults of our own would be called damage.
-    """
+    """Turn whatever a damaged file makes a library raise into an `InputError`."""
     try:
         yield
     except InputError:
@@ -811,13 +809,12 @@ def build_mask(pixels, mask, noise, boxes):
         excluded[ymin : ymax + 1, xmin : xmax + 1] = True
     if excluded.all():
         raise InputError("every pixel is masked or has no finite value; mask less")
-    return excluded if excluded.any() else np.zeros_like(excluded)  # which takes no memory yet
+    return excluded if excluded.any() else np.zeros(excluded.shape, bool)  # takes no memory yet
 
 
-# A gap is filled with a Gaussian if a pixel beside it is this many times the noise above the
-# background; its FWHM (pixels) is not allowed to be smaller.
-BRIGHT = 5.0
-SHARPEST = 2.5
+# A gap is filled with a Gaussian if a pixel beside it is so many times the noise above the
+# background, else with a straight line; no Gaussian has a smaller FWHM (pixels) than this.
+BRIGHT, SHARPEST = 5.0, 2.5
 
 
 def bridge(image, noise, excluded, rms, widest):
@@ -921,7 +918,7 @@ class Frame:
         offset = middle if abs(middle) > 1e4 * spread else 0.0
         if spread == 0 or 1e-12 < spread < 1e12:
             return cls(offset)
-        # Of a sky without noise only the wings of sources are the spread.
+        # Where the sky has no noise, the spread may be that of the faintest wings of sources.
         spread = max(spread, 1e-15 * float(np.abs(values - offset).max()))
         return cls(offset, 2.0 ** (math.frexp(spread)[1] - 1))
 
@@ -947,7 +944,8 @@ class Frame:
 # bright galaxy goes on well beyond the isophote it was detected at.
 GROWTH = 6.0
 
-# In a noise of more quanta than this SEP's medians are as good as of a continuous one.
+# Pixel values are multiples of a quantum, such as 1 in integers. Where the noise is at least so
+# many quanta, SEP's medians are as good as those of continuous values.
 COARSE = 10
 
 # What SEP itself puts for the noise of a masked pixel, and the largest number that it can sum.
@@ -1229,8 +1227,7 @@ def find_sources(field, threads=1):
     if field.method.extraction.clean:
         beta = field.method.extraction.clean_param
         kept[kept] = survive_cleaning(objects[kept], profiles[kept], beta)
-    ids = np.zeros(len(objects) + 1, np.int32)
-    ids[1:][kept] = np.arange(1, np.count_nonzero(kept) + 1)
+    ids = np.append(0, np.cumsum(kept) * kept).astype(np.int32)
     for rows in portions(labels.shape, PORTION):
         labels[rows] = np.where(field.mask[rows], 0, ids[labels[rows]])
     return Detections(objects[kept], labels)
@@ -1855,7 +1852,7 @@ def write_image(product, path, result):
         case "rms":
             values = result.field.rms_map()
         case "segmentation":
-            values = result.found.segmentation
+            values = result.found.segmentation.copy()  # for astropy to swap its bytes in place
         case "subtracted":
             values = result.field.frame.differences(result.field.residual)
     if values.dtype == np.float64 and result.origin.dtype != "float64":
@@ -1892,7 +1889,7 @@ def write_hdus(hdus, path):
 def write_catalog(path, result):
     """Write the catalogue as tab-separated text with a line of names, `nan` for no value.
 
-    Floats have ten significant digits; ra and dec have twelve, a micro-arcsecond.
+    Floats have ten significant digits; ra and dec have twelve, a few micro-arcseconds.
     """
     text = result.catalog.copy()
     for name in text.select_dtypes("float"):
@@ -2265,9 +2262,7 @@ def counts_advice(field, values):
 
 def mask_advice(field):
     """Return a text on a mask, of over 5 % of the pixels, that at least doubles the noise."""
-    hidden = field.mask
-    if hidden.mean() > 0.05:
-        hidden = hidden & ~too_large(field.residual)
+    hidden = field.mask & ~too_large(field.residual)
     if hidden.mean() <= 0.05 or not field.method.measures_noise():
         return None
     settings, rms = field.method.background, global_rms(field.background)
