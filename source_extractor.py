@@ -383,7 +383,8 @@ def available_memory():
         sizes.append(int(Path("/sys/fs/cgroup", group, "memory.max").read_text()))
     for kind, taken in LIBRARIES.items():
         limit = resource.getrlimit(kind)[0]
-        sizes += [limit - taken] if limit != resource.RLIM_INFINITY else []
+        if limit != resource.RLIM_INFINITY:
+            sizes.append(limit - taken)
     return min(sizes)
 
 
@@ -504,7 +505,8 @@ def find_hdu(path, hdus, wanted):
         if hdu.is_image:
             size = " x ".join(map(str, reversed(hdu.shape))) or "empty"
         contents.append(f"{number} {hdu.name or '(no name)'}: {size}")
-    contents[20:] = [f"and {len(contents) - 20} more"] if len(contents) > 20 else []
+    if len(contents) > 20:
+        contents[20:] = [f"and {len(contents) - 20} more"]
     raise InputError(f"{path.name}: {problem}; the file has {'; '.join(contents)}")
 
 
@@ -887,8 +889,12 @@ def usable(noise):
 
 def portions(shape, pixels):
     """Return slices of rows that make up an image (ny, nx), of up to so many pixels or one row."""
-    height = max(1, pixels // shape[1])
-    return [slice(top, top + height) for top in range(0, shape[0], height)]
+    return batches(shape[0], max(1, pixels // shape[1]))
+
+
+def batches(count, size):
+    """Return slices of up to `size` that make up so many rows or objects, and at least one."""
+    return [slice(start, start + size) for start in range(0, count or 1, size)]
 
 
 def sample(image, mask):
@@ -1131,11 +1137,12 @@ def share(jobs, threads):
     as it was when it was forked; only what a job returns or raises comes back. Raises InputError if
     a process is killed or can't be started.
     """
-    if min(threads, len(jobs)) == 1:
+    workers = min(threads, len(jobs))
+    if workers == 1:
         yield from (job() for job in jobs)
         return
     # A forked process is given the jobs as they are; through a queue they would have to be pickled.
-    context, workers = multiprocessing.get_context("fork"), min(threads, len(jobs))
+    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as directory:
         start = (jobs, directory, os.getpid())
         pool = ProcessPoolExecutor(workers, context, start_worker, start)
@@ -1220,22 +1227,18 @@ def find_sources(field, threads=1):
     # SEP takes masked pixels for 0 too, but filters the first rows before it does.
     with replaced(field.residual, field.mask, 0):
         objects, labels = extract(field)
-        some = batches(len(objects))
+        some = batches(len(objects), BATCH)
         jobs = [partial(settle_objects, field, objects, labels, each) for each in some]
-        objects, profiles = map(np.concatenate, zip(*share(jobs, threads), strict=True))
+        objects, profiles = zip(*share(jobs, threads), strict=True)
+    objects = np.concatenate(objects)
     kept = objects["npix"] > 0
     if field.method.extraction.clean:
-        beta = field.method.extraction.clean_param
+        profiles, beta = np.concatenate(profiles), field.method.extraction.clean_param
         kept[kept] = survive_cleaning(objects[kept], profiles[kept], beta)
     ids = np.append(0, np.cumsum(kept) * kept).astype(np.int32)
     for rows in portions(labels.shape, PORTION):
         labels[rows] = np.where(field.mask[rows], 0, ids[labels[rows]])
     return Detections(objects[kept], labels)
-
-
-def batches(count):
-    """Return slices of up to `BATCH` of so many objects, and at least one."""
-    return [slice(start, min(start + BATCH, count)) for start in range(0, count or 1, BATCH)]
 
 
 def extract(field):
@@ -1272,7 +1275,8 @@ def flag_pixels(found, field, measure_field):
     """Return the `Detections` with flags of saturated and bridged pixels in any of the fields."""
     objects = found.objects.copy()
     for each in (field,) if measure_field is field else (field, measure_field):
-        bridged = each.excluded & ~each.mask
+        none = each.mask is each.excluded  # bridged; to look for any takes long
+        bridged = ([], []) if none else each.excluded & ~each.mask
         for where, bit in ((each.saturated, SATURATED), (bridged, BRIDGED)):
             labels = np.unique(found.segmentation[where])
             objects["flag"][labels[labels > 0] - 1] |= bit
@@ -1295,7 +1299,7 @@ def settle_objects(field, objects, labels, some):
 
     `labels` (ny, nx) is the map of all `objects`, index + 1. An object that loses pixels keeps
     SEP's position and shape, those of the filtered light; one that loses all has an `npix` of 0;
-    one that has masked pixels beside it is flagged.
+    one that has masked pixels beside it is flagged. Without cleaning there are no profiles (None).
     """
     objects, extraction = objects[some].copy(), field.method.extraction
     rim = 1 if field.method.kernel is None else len(field.method.kernel) // 2 + 1
@@ -1312,7 +1316,7 @@ def settle_objects(field, objects, labels, some):
         thresh = extraction.thresh / depth * noise / np.maximum(left, 1)
         bright = owner[pixels["light"] > thresh[owner]]
         objects["thresh"], objects["tnpix"] = thresh, np.bincount(bright, minlength=len(objects))
-    profiles = describe_profiles(objects, pixels, extraction)
+    profiles = describe_profiles(objects, pixels, extraction) if extraction.clean else None
     if field.mask.any():
         y, x = np.divmod(where[good], field.mask.shape[1])
         beside = correlate(field.mask, np.ones((3, 3)), y, x) > 0
@@ -1512,7 +1516,7 @@ def measure(field, measure_field, found, settings, threads=1):
     kron = settings.kron_factor * np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
     kron = np.maximum(kron, settings.kron_min_radius)
     jobs = [partial(background_at, measure_field, objects["x"], objects["y"])]
-    for some in batches(len(ids)):
+    for some in batches(len(ids), BATCH):
         neighbours = {"segmap": labels, "seg_id": ids[some]}
         own = shapes[:, some], kron[some]
         jobs.append(partial(measure_some, measure_field, *own, neighbours, settings))
@@ -1852,7 +1856,7 @@ def write_image(product, path, result):
         case "rms":
             values = result.field.rms_map()
         case "segmentation":
-            values = result.found.segmentation.copy()  # for astropy to swap its bytes in place
+            values = result.found.segmentation
         case "subtracted":
             values = result.field.frame.differences(result.field.residual)
     if values.dtype == np.float64 and result.origin.dtype != "float64":
@@ -1868,7 +1872,9 @@ def write_image(product, path, result):
         return
     with warnings.catch_warnings(action="ignore"):  # of cards that the WCS standard renames
         hdus = wcs.to_fits(relax=True) if wcs else fits.HDUList([fits.PrimaryHDU()])
-        hdus[0].data = values
+        # astropy swaps bytes in place: of an array that other processes share, on a copy.
+        shared = product in ("segmentation", "subtracted")
+        hdus[0].data = values.copy() if shared else values
         if unit and product != "segmentation":
             hdus[0].header["BUNIT"] = unit
         for line in history:
@@ -2262,8 +2268,11 @@ def counts_advice(field, values):
 
 def mask_advice(field):
     """Return a text on a mask, of over 5 % of the pixels, that at least doubles the noise."""
+    few = np.count_nonzero(field.mask) <= 0.05 * field.mask.size
+    if few or not field.method.measures_noise():
+        return None
     hidden = field.mask & ~too_large(field.residual)
-    if hidden.mean() <= 0.05 or not field.method.measures_noise():
+    if hidden.mean() <= 0.05:
         return None
     settings, rms = field.method.background, global_rms(field.background)
     whole = global_rms(estimate_background(field.residual, field.mask ^ hidden, settings))
@@ -2597,7 +2606,8 @@ def describe_settings(args, origin):
 
 def report_image(origin, pixels, mask):
     """Log what was read, how much of it is masked, and what the header says, if it does."""
-    bad, masked = np.count_nonzero(~np.isfinite(pixels)), 100 * np.count_nonzero(mask) / mask.size
+    bad = np.count_nonzero(~np.isfinite(pixels[mask]))
+    masked = 100 * np.count_nonzero(mask) / mask.size
     log.info("image         %s: %d x %d %s", origin.name, *pixels.shape[::-1], origin.dtype)
     log.info("masked        %.2f %% (%d pixels have no finite value)", masked, bad)
     if origin.beam:
