@@ -1,7 +1,7 @@
 """Simulated skies whose every source is known.
 
-A source is a sum of elliptical Gaussians, because a Gaussian convolved with a Gaussian is one
-again: the variances add. Moffat and Sersic profiles are turned into such sums, so a galaxy seen
+A source is a sum of elliptical Gaussians, because a Gaussian convolved with a Gaussian is again
+one: the variances add. Moffat and Sersic profiles are turned into such sums, so a galaxy seen
 through a Moffat point-spread function needs no numerical convolution, and its total flux is exact.
 
 The point-spread function is the effective one: it includes the pixel, so that its value at a
@@ -9,7 +9,8 @@ pixel's centre is the pixel's flux. With a FWHM of two pixels or more the pixels
 to its flux to better than 0.1 %.
 
 Positions are SEP's: x is the column, y the row, 0-based, pixel centres at integers; arrays have
-the shape (ny, nx), and theta runs from +x towards +y, in radians.
+the shape (ny, nx), and theta runs from +x towards +y, in radians. Lengths are in pixels, fluxes and
+levels in image units.
 
 >>> sources = vstack([stars(20.0, 30.0, 1e4), galaxies(60.3, 40.8, 2e4, n=4, a=3.0, b=2.0)])
 >>> image, truth = simulate((80, 100), sources, seed=1, level=100.0, noise=2.0)
@@ -23,15 +24,8 @@ from astropy.table import Table, vstack
 from astropy.wcs import WCS
 
 __all__ = [
-    "blobs",
-    "galaxies",
-    "grid_positions",
-    "light",
-    "random_sources",
-    "simulate",
-    "stars",
-    "tan_wcs",
-    "vstack",
+    *("blobs", "galaxies", "grid_positions", "light", "random_sources", "simulate", "stars"),
+    *("tan_wcs", "vstack"),
 ]
 
 FLUX_CUT = 1e-6  # part of a source's flux that may fall outside the box of one of its Gaussians
@@ -40,50 +34,19 @@ LOG_STEP = 0.4  # between the widths of the Gaussians of one profile
 
 
 def stars(x, y, flux, *, fwhm=3.0, beta=np.inf):
-    """Stars as a source table.
+    """Return stars as a source table; parameters are numbers or arrays.
 
-    Parameters
-    ----------
-    x, y : float or (n,) array
-        Centres in pixels.
-    flux : float or (n,) array
-        Total flux in image units.
-    fwhm : float or (n,) array
-        Full width at half maximum of the point-spread function in pixels, 2 or more.
-    beta : float or (n,) array
-        Moffat exponent, greater than 1; infinite for a Gaussian.
-
-    Returns
-    -------
-    Table
-        One row a source, with the columns ``kind x y flux fwhm beta n a b theta``.
+    `flux` is the total; `fwhm`, 2 or more, is that of the point-spread function, and `beta` its
+    Moffat exponent, greater than 1, infinite for a Gaussian.
     """
     return _source_table("star", x, y, flux, fwhm, beta, np.nan, 0.0, 0.0, 0.0)
 
 
 def galaxies(x, y, flux, *, n=1.0, a=3.0, b=3.0, theta=0.0, fwhm=3.0, beta=np.inf):
-    """Sersic galaxies, seen through a point-spread function, as a source table.
+    """Return galaxies of the Sersic index `n` as a source table; see `stars`.
 
-    Parameters
-    ----------
-    x, y : float or (m,) array
-        Centres in pixels.
-    flux : float or (m,) array
-        Total flux in image units.
-    n : float or (m,) array
-        Sersic index: 1 for an exponential disc, 4 for de Vaucouleurs' law.
-    a, b : float or (m,) array
-        Semi-axes in pixels of the ellipse that holds half of the light, before the point-spread
-        function.
-    theta : float or (m,) array
-        Angle of the major axis in radians from +x towards +y.
-    fwhm, beta : float or (m,) array
-        The point-spread function, as for `stars`.
-
-    Returns
-    -------
-    Table
-        One row a source, with the columns of `stars`.
+    `a` and `b` are the semi-axes, and `theta` the angle, of the ellipse that holds half of the
+    light before the point-spread function.
     """
     return _source_table("galaxy", x, y, flux, fwhm, beta, n, a, b, theta)
 
@@ -97,20 +60,10 @@ def _source_table(kind, *columns):
 
 
 def grid_positions(shape, spacing, *, seed=0):
-    """Positions of isolated sources: a square grid, each moved by less than a pixel.
+    """Return x and y of isolated sources: a square grid, each moved by less than a pixel.
 
-    Parameters
-    ----------
-    shape : (ny, nx)
-        Shape of the image.
-    spacing : int
-        Distance of the grid's points in pixels; the outermost keep half of it from the edge.
-    seed : int
-        Of the random offsets, -0.5 to 0.5 pixel in x and y.
-
-    Returns
-    -------
-    x, y : (n,) arrays
+    The outermost keep half of the `spacing` (an integer) from the edge; the random offsets are
+    -0.5 to 0.5 in x and y.
     """
     rows, columns = (np.arange(size // spacing) * spacing + spacing // 2 for size in shape)
     y, x = (axis.ravel() for axis in np.meshgrid(rows, columns, indexing="ij"))
@@ -130,31 +83,12 @@ def random_sources(
     fwhm=3.0,
     beta=np.inf,
 ):
-    """Stars and galaxies anywhere in the image, faint ones more often than bright ones.
+    """Return a source table of stars and galaxies anywhere in the image.
 
-    Parameters
-    ----------
-    shape : (ny, nx)
-        Shape of the image.
-    number : int
-        How many sources.
-    seed : int
-        Of all that is random here.
-    flux : (low, high)
-        Range of the total fluxes in image units.
-    slope : float
-        Of the cumulative counts, N(> flux) ~ flux**-slope; 1.5 for a uniform Euclidean space.
-    galaxy_fraction : float
-        Part of the sources that are galaxies, half of them with n = 1, half with n = 4.
-    radius : (low, high)
-        Range of the galaxies' half-light semi-major axes in pixels; axis ratios are 0.3 to 1.
-    fwhm, beta : float
-        The point-spread function, as for `stars`.
-
-    Returns
-    -------
-    Table
-        A source table, as from `stars` and `galaxies`.
+    Of the total fluxes in the range `flux`, faint ones are more frequent: `slope` is that of the
+    cumulative counts, N(> flux) ~ flux**-slope; 1.5 for a uniform Euclidean space. Half of the
+    galaxies have n = 1, half n = 4; `radius` is the range of their half-light semi-major axes, and
+    their axis ratios are 0.3 to 1.
     """
     rng = np.random.default_rng(seed)
     ny, nx = shape
@@ -177,28 +111,10 @@ def random_sources(
 
 
 def blobs(shape, *centres, seed=3, level=100.0, noise=1.0, peak=60.0, a=2.0, b=2.0, theta=0.0):
-    """Image of equal elliptical Gaussians in white noise, for when only their place matters.
+    """Return a float32 image of equal elliptical Gaussians in white noise.
 
-    Parameters
-    ----------
-    shape : (ny, nx)
-        Shape of the image.
-    *centres : (float, float)
-        x and y of each in pixels.
-    seed : int
-        Of the noise.
-    level, noise : float
-        Background, and the standard deviation of a pixel.
-    peak : float
-        Height over the background.
-    a, b : float
-        RMS in pixels along both axes.
-    theta : float
-        Angle of the major axis in radians from +x towards +y.
-
-    Returns
-    -------
-    (ny, nx) float32 array
+    Each has its centre (x, y), is `peak` high above the background, and has an RMS of `a` and `b`
+    along its axes.
     """
     image = np.random.default_rng(seed).normal(level, noise, shape)
     y, x = np.indices(shape)
@@ -210,20 +126,9 @@ def blobs(shape, *centres, seed=3, level=100.0, noise=1.0, peak=60.0, a=2.0, b=2
 
 
 def tan_wcs(shape, *, ra=150.0, dec=2.0, scale=0.262):
-    """Celestial WCS (gnomonic, ICRS, north up, east left) centred on an image.
+    """Return a gnomonic WCS (ICRS, north up, east left) centred on an image.
 
-    Parameters
-    ----------
-    shape : (ny, nx)
-        Shape of the image.
-    ra, dec : float
-        Sky position of the image's centre in degrees.
-    scale : float
-        Size of a pixel in seconds of arc.
-
-    Returns
-    -------
-    WCS
+    `ra` and `dec` are in degrees, the `scale` in seconds of arc a pixel.
     """
     ny, nx = shape
     wcs = WCS(naxis=2)
@@ -238,7 +143,7 @@ def tan_wcs(shape, *, ra=150.0, dec=2.0, scale=0.262):
 
 
 def light(shape, sources, *, level=0.0, gradient=(0.0, 0.0)):
-    """Image of a source table without noise, as a (ny, nx) float32 array; see `simulate`."""
+    """Return a float32 image of a source table without noise; see `simulate`."""
     ny, nx = shape
     rise_x = gradient[0] * ((np.arange(nx) + 0.5) / nx - 0.5)
     rise_y = gradient[1] * ((np.arange(ny) + 0.5) / ny - 0.5)
@@ -260,38 +165,17 @@ def simulate(
     gain=None,
     wcs=None,
 ):
-    """Image of a source table, and what is true about it.
+    """Return a float32 image of a source table, and the table with what else is true of it.
 
-    Parameters
-    ----------
-    shape : (ny, nx)
-        Shape of the image.
-    sources : Table
-        As from `stars`, `galaxies` and `random_sources`, stacked with `vstack`.
-    seed : int
-        Of the noise.
-    level : float
-        Background at the image's centre.
-    gradient : (float, float)
-        Rise of the background across the whole image, in x and in y.
-    noise : float
-        Standard deviation of the Gaussian noise of a pixel.
-    noise_fwhm : float
-        FWHM in pixels of the Gaussian that correlates this noise; 0 for white noise.
-    gain : float, optional
-        Electrons for one image unit. With it, sources and background have Poisson noise too;
-        negative values count as no electrons.
-    wcs : WCS, optional
-        Of the image, for the true sky positions.
+    The background is `level` at the centre, and rises by `gradient` across the whole image in x and
+    in y. `noise` is the standard deviation of Gaussian noise, correlated by a Gaussian of the FWHM
+    `noise_fwhm`, or white if that is 0. With a `gain`, electrons for one image unit, sources and
+    background have Poisson noise too; negative values count as no electrons.
 
-    Returns
-    -------
-    image : (ny, nx) float32 array
-    truth : Table
-        The sources, with these columns added: ``r50``, the radius in pixels of the circle that
-        holds half of the flux, point-spread function included, and ``ra``, ``dec`` in degrees, nan
-        without ``wcs``. An aperture on the pixels spreads each pixel's flux over its square, so
-        that it finds about r50 * sqrt(1 + 0.46 / fwhm**2) for a star.
+    Columns are added for ``r50``, the radius of the circle that holds half of the flux,
+    point-spread function included, and for ``ra`` and ``dec`` in degrees, nan without `wcs`. An
+    aperture on the pixels spreads each pixel's flux over its square, so that it finds about
+    r50 * sqrt(1 + 0.46 / fwhm**2) for a star.
     """
     rng = np.random.default_rng(seed)
     image = light(shape, sources, level=level, gradient=gradient)
