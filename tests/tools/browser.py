@@ -59,16 +59,15 @@ PREVIEW, CELL = "#center .image-wrapper img", "#center .dataset-display tbody td
 
 # What to set in the form, at least one field of each kind, and the same for a shell. A whole
 # number in a field for fractions is shown as 2.0 when the form is opened again.
+RECTANGLES = ("4", "140", "215", "351"), ("232", "351", "12", "130")
+SIDES = "xmin", "xmax", "ymin", "ymax"
 SETTINGS = {
     "thresh": "2.0",
-    "masking|mask_box_0|xmin": "4",
-    "masking|mask_box_0|xmax": "140",
-    "masking|mask_box_0|ymin": "215",
-    "masking|mask_box_0|ymax": "351",
-    "masking|mask_box_1|xmin": "232",
-    "masking|mask_box_1|xmax": "351",
-    "masking|mask_box_1|ymin": "12",
-    "masking|mask_box_1|ymax": "130",
+    **{
+        f"masking|mask_box_{number}|{side}": place
+        for number, rectangle in enumerate(RECTANGLES)
+        for side, place in zip(SIDES, rectangle, strict=True)
+    },
     "mesh|background_passes": "2",
     "detection|gain": "4.5",
     "filtering|kernel|filter_case": "gaussian",
@@ -79,49 +78,26 @@ SETTINGS = {
 }
 OPTIONS = (
     *("--thresh", "2"),
-    *("--mask-box", "4", "140", "215", "351"),
-    *("--mask-box", "232", "351", "12", "130"),
-    *("--background-passes", "2"),
-    *("--gain", "4.5"),
-    *("--filter-case", "gaussian", "--filter-fwhm", "3.5"),
-    "--no-clean",
-    *("--aperture-diameters", "5", "10"),
-    *("--regions", "regions.reg"),
+    *(word for rectangle in RECTANGLES for word in ("--mask-box", *rectangle)),
+    *("--background-passes", "2", "--gain", "4.5"),
+    *("--filter-case", "gaussian", "--filter-fwhm", "3.5", "--no-clean"),
+    *("--aperture-diameters", "5", "10", "--regions", "regions.reg"),
 )
-PRODUCTS = {
-    "catalog": "catalog.tsv",
-    "regions": "regions.reg",
-    "segmentation": "segmentation.fits",
-    "background": "background.fits",
-    "rms": "rms.fits",
-}
+PRODUCTS = ("catalog.tsv", "regions.reg", "segmentation.fits", "background.fits", "rms.fits")
 
 
 @contextmanager
 def browser() -> Iterator[Chrome]:
-    """Start headless Chromium with a profile of its own, and close it at the end.
-
-    Yields
-    ------
-    Chrome
-        The browser's driver.
-    """
+    """Start headless Chromium with a profile of its own, and close it at the end."""
     with TemporaryDirectory(prefix="chromium-") as profile:
         options = ChromeOptions()
         options.binary_location = _installed("chromium")
         for argument in (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            f"--user-data-dir={profile}",
+            *("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"),
+            *("disable-quic", "no-first-run", "disable-background-networking"),
+            *("disable-component-update", "disable-sync", f"user-data-dir={profile}"),
         ):
-            options.add_argument(argument)
+            options.add_argument(f"--{argument}")
         driver = Chrome(options, ChromeService(_installed("chromedriver")))
         try:
             yield driver
@@ -137,20 +113,7 @@ def _installed(program: str) -> str:
 
 
 def check(galaxy: Galaxy, driver: Chrome) -> Iterator[Outcome]:
-    """Fill in the form, run the tool, and run it again.
-
-    Parameters
-    ----------
-    galaxy : Galaxy
-        Where the tool is.
-    driver : Chrome
-        The browser.
-
-    Yields
-    ------
-    Outcome
-        One for each thing that a user relies on.
-    """
+    """Fill in the form, run the tool, and run it again."""
     start = time.monotonic()
     try:
         for name, problems in _findings(galaxy, driver):
@@ -174,7 +137,7 @@ def _findings(galaxy: Galaxy, driver: Chrome) -> Iterator[tuple[str, list[str]]]
 
     _find(driver, ADD_RECTANGLE).click()
     _find(driver, RUN).click()
-    for side in ("xmin", "xmax", "ymin", "ymax"):
+    for side in SIDES:
         _find(driver, FIELD.format(f"masking|mask_box_0|{side}") + REFUSED)
     started = user.jobs.get_jobs(history_id=history, tool_id=TOOL_ID)
     yield "the form refuses an empty rectangle", [f"job {job['id']} started" for job in started]
@@ -198,10 +161,8 @@ def _findings(galaxy: Galaxy, driver: Chrome) -> Iterator[tuple[str, list[str]]]
     yield "run again restores the form", _differences(_values(driver), defaults | SETTINGS)
     _find(driver, READY).click()
     again = _started_job(driver, user)
-    yield (
-        "run again repeats the job",
-        [*_failure(again), *_differences(again["params"], job["params"])],
-    )
+    differences = _differences(again["params"], job["params"])
+    yield "run again repeats the job", [*_failure(again), *differences]
 
 
 def _history_with(image: Path, user: GalaxyInstance) -> tuple[str, str]:
@@ -262,11 +223,8 @@ def _pictures_not_shown(driver: Chrome) -> list[str]:
         lambda _: all(picture.get_property("complete") for picture in pictures),
         "the page does not finish loading its pictures",
     )
-    return [
-        f"{picture.get_attribute('alt')}: not shown"
-        for picture in pictures
-        if picture.get_property("naturalWidth") == 0
-    ]
+    hidden = (picture for picture in pictures if picture.get_property("naturalWidth") == 0)
+    return [f"{picture.get_attribute('alt')}: not shown" for picture in hidden]
 
 
 def _started_job(driver: Chrome, user: GalaxyInstance) -> dict:
@@ -286,14 +244,10 @@ def _compare_with_shell(
     """Run the script with the options that say what the form says, and compare the products."""
     command = [sys.executable, SCRIPT, IMAGE, *OPTIONS, "--quiet"]
     subprocess.run(command, cwd=directory, check=True)
-    for product, name in PRODUCTS.items():
-        theirs, ours = directory / f"galaxy-{name}", directory / name
-        user.datasets.download_dataset(
-            job["outputs"][product]["id"],
-            str(theirs),
-            use_default_filename=False,
-            maxwait=JOB_TIMEOUT,
-        )
+    keywords = {"use_default_filename": False, "maxwait": JOB_TIMEOUT}
+    for name in PRODUCTS:
+        theirs, ours, product = directory / f"galaxy-{name}", directory / name, Path(name).stem
+        user.datasets.download_dataset(job["outputs"][product]["id"], str(theirs), **keywords)
         if theirs.suffix == ".fits":
             yield product, np.array_equal(fits.getdata(theirs), fits.getdata(ours))
         else:
@@ -309,19 +263,10 @@ def _differences(found: Mapping, expected: Mapping) -> list[str]:
 
 
 def take_pictures(galaxy: Galaxy, driver: Chrome, image: Path, directory: Path) -> None:
-    """Take pictures of the form, and of what a run of the tool leaves in the history.
+    """Take pictures of the form, and of what a run of the tool on an image leaves in the history.
 
-    Parameters
-    ----------
-    galaxy : Galaxy
-        Where the tool is.
-    driver : Chrome
-        The browser.
-    image : Path
-        What to run the tool on.
-    directory : Path
-        Where the pictures go: `form.png` and `form-open.png` with sections folded and unfolded,
-        `history.png` with the overlay beside the history, `catalog.png` with the table.
+    They are `form.png` and `form-open.png` with sections folded and unfolded, `history.png` with
+    the overlay beside the history, and `catalog.png` with the table.
     """
     user = GalaxyInstance(galaxy.url, galaxy.user_key)
     history, uploaded = _history_with(image, user)
@@ -362,22 +307,10 @@ def _picture_panel(driver: Chrome, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Start a Galaxy, check the form, and take the pictures if a directory is given.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        Command line, by default the process's own.
-
-    Returns
-    -------
-    int
-        Exit status.
-    """
+    """Start a Galaxy, check the form, and take the pictures if a directory is given."""
     parser = argparse.ArgumentParser(description="Use the tool in Galaxy with a browser.")
-    parser.add_argument(
-        "directory", type=Path, nargs="?", metavar="OUTDIR", help="where pictures of it go"
-    )
+    text = "where pictures of it go"
+    parser.add_argument("directory", type=Path, nargs="?", metavar="OUTDIR", help=text)
     parser.add_argument("--image", type=Path, default=IMAGE, help="image for the pictures")
     args = parser.parse_args(argv)
 

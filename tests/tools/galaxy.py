@@ -19,10 +19,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import indent
+from typing import NamedTuple
 from xml.sax.saxutils import quoteattr
 
 import psutil
@@ -56,8 +56,7 @@ LINT_SKIP = ("BioToolsValid",)
 SHED_LINT_SKIP = (*LINT_SKIP, "version_bumped", "shed_remote_repository_url")
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Whether a check passed, and what there is to say about it if it did not."""
 
     name: str
@@ -66,47 +65,21 @@ class Outcome:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Galaxy:
-    """A running Galaxy.
+class Galaxy(NamedTuple):
+    """A running Galaxy."""
 
-    Attributes
-    ----------
-    url : str
-        Its address, on the loopback interface.
-    admin_key, user_key : str
-        API keys of the administrator, and of a user who is one too.
-    directory : Path
-        Where it keeps everything; gone when it has stopped.
-    environment : dict of str to str
-        Environment for processes that work with it; their home is in `directory`.
-    """
-
-    url: str
+    url: str  # on the loopback interface
     admin_key: str
-    user_key: str
-    directory: Path
-    environment: dict[str, str]
+    user_key: str  # of a user who is an administrator too
+    directory: Path  # holds all its files; removed when it has stopped
+    environment: dict[str, str]  # for processes that work with it; their home is in `directory`
 
 
 @contextmanager
 def running_galaxy(tools: Iterable[Path] = (TOOL,)) -> Iterator[Galaxy]:
-    """Start a Galaxy that serves some tools, and stop and delete it at the end.
+    """Start a Galaxy that serves some tools (XML files), and stop and delete it at the end.
 
-    Parameters
-    ----------
-    tools : iterable of Path
-        Tool XML files.
-
-    Yields
-    ------
-    Galaxy
-        Ready to run jobs.
-
-    Raises
-    ------
-    RuntimeError
-        If Galaxy does not start; with the end of its log.
+    Raises RuntimeError, with the end of the log, if Galaxy does not start.
     """
     with _exit_on_signals(), TemporaryDirectory(prefix="galaxy-") as name, ExitStack() as stack:
         directory = Path(name)
@@ -130,12 +103,11 @@ def running_galaxy(tools: Iterable[Path] = (TOOL,)) -> Iterator[Galaxy]:
 def _write_config(directory: Path, tools: Iterable[Path], admin_key: str) -> Path:
     """Write Galaxy's configuration files and return the path of the main one."""
     elements = "".join(f"<tool file={quoteattr(str(tool))}/>" for tool in tools)
-    tool_conf = directory / "tool_conf.xml"
+    tool_conf, data_tables = directory / "tool_conf.xml", directory / "data_tables.xml"
     tool_conf.write_text(
         '<toolbox><section id="get" name="Get Data"><tool file="data_source/upload.xml"/></section>'
         f'<section id="tools" name="Tools">{elements}</section></toolbox>'
     )
-    data_tables = directory / "tool_data_table_conf.xml"
     data_tables.write_text("<tables/>")
     settings = {
         "data_dir": str(directory / "data"),
@@ -152,8 +124,7 @@ def _write_config(directory: Path, tools: Iterable[Path], admin_key: str) -> Pat
             "broker_url": f"sqla+sqlite:///{directory}/queue.sqlite",
             "result_backend": f"db+sqlite:///{directory}/results.sqlite",
             "task_routes": {
-                "galaxy.fetch_data": "galaxy.external",
-                "galaxy.set_job_metadata": "galaxy.external",
+                f"galaxy.{task}": "galaxy.external" for task in ("fetch_data", "set_job_metadata")
             },
         },
     }
@@ -164,15 +135,11 @@ def _write_config(directory: Path, tools: Iterable[Path], admin_key: str) -> Pat
 
 def _environment(directory: Path, config: Path) -> dict[str, str]:
     """Environment that holds Galaxy's and planemo's files in the directory."""
-    home = directory / "home"
-    temporary = directory / "tmp"
+    home, temporary = directory / "home", directory / "tmp"
     home.mkdir()
     temporary.mkdir()
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("GALAXY_", "PLANEMO_", "XDG_"))
-    }
+    others = "GALAXY_", "PLANEMO_", "XDG_"
+    inherited = {key: text for key, text in os.environ.items() if not key.startswith(others)}
     return inherited | {
         "HOME": str(home),
         "TMPDIR": str(temporary),
@@ -206,15 +173,9 @@ def _exit_on_signals() -> Iterator[None]:
 def _process(command: list, log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
     """Run a process in a session of its own, and end the whole session at the end."""
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=log.parent,
-            env=environment,
-            start_new_session=True,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        place = {"cwd": log.parent, "env": environment, "start_new_session": True}
+        process = subprocess.Popen(command, **streams, **place)
     try:
         yield process
     finally:
@@ -226,19 +187,15 @@ def _end_session(leader: subprocess.Popen) -> None:
     for action in (psutil.Process.terminate, psutil.Process.kill):
         members = [p for p in psutil.process_iter() if _session(p.pid) == leader.pid]
         for member in members:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 action(member)
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(members, timeout=STOP_TIMEOUT)
     leader.wait()
 
 
 def _session(pid: int) -> int | None:
-    try:
+    with suppress(ProcessLookupError):
         return os.getsid(pid)
-    except ProcessLookupError:
-        return None
 
 
 def _wait_until_up(url: str, server: subprocess.Popen, log: Path) -> None:
@@ -263,35 +220,21 @@ def _create_user(url: str, admin_key: str) -> str:
 
 
 def check(galaxy: Galaxy) -> Iterator[Outcome]:
-    """Lint and test the tool and the workflows.
-
-    Parameters
-    ----------
-    galaxy : Galaxy
-        Where to run the tests.
-
-    Yields
-    ------
-    Outcome
-        One for each lint and for each test.
-    """
+    """Lint and test the tool and the workflows in a Galaxy."""
     strict = ["--report_level", "all", "--fail_level", "warn", "--skip"]
     yield _lint(galaxy, ["lint", *strict, ",".join(LINT_SKIP), TOOL])
     yield from _test(galaxy, TOOL)
-    if WORKFLOWS.is_dir():
-        yield _lint(galaxy, ["workflow_lint", *strict[:-1], WORKFLOWS])
-        for workflow in sorted(WORKFLOWS.glob("*.gxwf.yml")):
-            yield from _test(galaxy, workflow)
-    if (ROOT / ".shed.yml").exists():
-        yield _lint(galaxy, ["shed_lint", "--tools", *strict, ",".join(SHED_LINT_SKIP), ROOT])
+    yield _lint(galaxy, ["workflow_lint", *strict[:-1], WORKFLOWS])
+    for workflow in sorted(WORKFLOWS.glob("*.gxwf.yml")):
+        yield from _test(galaxy, workflow)
+    yield _lint(galaxy, ["shed_lint", "--tools", *strict, ",".join(SHED_LINT_SKIP), ROOT])
 
 
 def _lint(galaxy: Galaxy, arguments: list) -> Outcome:
     start = time.monotonic()
     done = _planemo(galaxy, arguments)
-    return Outcome(
-        f"planemo {arguments[0]}", done.returncode == 0, done.stdout, time.monotonic() - start
-    )
+    seconds = time.monotonic() - start
+    return Outcome(f"planemo {arguments[0]}", done.returncode == 0, done.stdout, seconds)
 
 
 def _test(galaxy: Galaxy, path: Path) -> Iterator[Outcome]:
@@ -302,13 +245,8 @@ def _test(galaxy: Galaxy, path: Path) -> Iterator[Outcome]:
     tests = json.loads(results.read_text())["tests"] if results.exists() else []
     for test in tests:
         data = test["data"]
-        passed = data["status"] == "success"
-        yield Outcome(
-            f"test {test['id']}",
-            passed,
-            _report(data),
-            data.get("time_seconds") or time.monotonic() - start,
-        )
+        seconds = data.get("time_seconds") or time.monotonic() - start
+        yield Outcome(f"test {test['id']}", data["status"] == "success", _report(data), seconds)
     failed = any(test["data"]["status"] != "success" for test in tests)
     if not tests or (done.returncode != 0 and not failed):
         yield Outcome(f"planemo test {path.name}", False, done.stdout, time.monotonic() - start)
@@ -325,15 +263,9 @@ def planemo_test(galaxy: Galaxy) -> list[str]:
 
 
 def _planemo(galaxy: Galaxy, arguments: list) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [SCRIPTS / "planemo", *arguments],
-        cwd=ROOT,
-        env=galaxy.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [SCRIPTS / "planemo", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=galaxy.environment, text=True, **streams)
 
 
 def _report(data: dict) -> str:
@@ -364,22 +296,10 @@ def report(outcomes: Iterable[Outcome]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the checks, or serve the tool until interrupted.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        Command line, by default the process's own.
-
-    Returns
-    -------
-    int
-        Exit status.
-    """
+    """Run the checks, or serve the tool until interrupted; return the exit status."""
     parser = argparse.ArgumentParser(description="Test the tool in a real Galaxy.")
-    parser.add_argument(
-        "--serve", action="store_true", help="only start the Galaxy, and wait for Ctrl-C"
-    )
+    text = "only start the Galaxy, and wait for Ctrl-C"
+    parser.add_argument("--serve", action="store_true", help=text)
     args = parser.parse_args(argv)
 
     start = time.monotonic()
