@@ -88,25 +88,6 @@ def rank(found, minarea):
     return sorted(found[:minarea] + found[minarea + 1 :])[-minarea]
 
 
-def rank_of_sep(found, minarea):
-    """Return what SEP's heap gives for that: it goes on from the wrong child."""
-    if len(found) <= minarea:
-        return rank(found, minarea)
-    heap = sorted(found[:minarea])
-    for value in found[minarea + 1 :]:
-        if value <= heap[0]:
-            continue
-        heap[0], parent = value, 0
-        while (child := 2 * parent + 2) <= minarea:
-            if child != minarea and heap[child - 1] > heap[child]:
-                child += 1
-            if heap[parent] <= heap[child - 1]:
-                break
-            heap[parent], heap[child - 1] = heap[child - 1], heap[parent]
-            parent = child
-    return heap[0]
-
-
 def clean_plainly(objects, labels, light, margin, minarea=5, beta=1.0, ranked=rank):
     """Clean as SExtractor does, pair by pair."""
     profiles = []

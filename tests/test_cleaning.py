@@ -9,14 +9,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import source_extractor
 from common import DATA, field_of, rows_at
-from same_as_sep import CUT, DEFAULT_KERNEL, clean_plainly, correlate, direct, margins, rank_of_sep
-from source_extractor import (
-    close_pairs,
-    filter_pixels,
-    find_sources,
-    make_kernel,
-    read_image,
-)
+from same_as_sep import CUT, DEFAULT_KERNEL, clean_plainly, correlate, margins, rank
+from source_extractor import close_pairs, filter_pixels, find_sources, make_kernel, read_image
 
 SIGMA = 3 / 2.3548  # of stars of a FWHM of 3 pixels
 NOISE_AREA = 2 * np.sqrt(np.pi) * SIGMA  # a star's S/N is its flux over this many times the noise
@@ -27,17 +21,6 @@ def star(image, x, y, flux, sigma=SIGMA):
     columns, rows = np.arange(left, left + 31) - x, np.arange(bottom, bottom + 31) - y
     light = np.exp(-(rows[:, np.newaxis] ** 2 + columns**2) / (2 * sigma**2))
     image[bottom : bottom + 31, left : left + 31] += flux / (2 * np.pi * sigma**2) * light
-
-
-def pairs_of_stars(gap, seed=0, side=1000, step=50):
-    """Return white noise with stars of S/N 100, each with one of S/N 15 at its right."""
-    image = np.random.default_rng(seed).normal(0, 1, (side, side))
-    places = np.arange(step, side - step, step)
-    x, y = (grid.ravel() for grid in np.meshgrid(places, places))
-    for at_x, at_y in zip(x, y, strict=True):
-        star(image, at_x, at_y, 100 * NOISE_AREA)
-        star(image, at_x + gap, at_y, 15 * NOISE_AREA)
-    return image.astype(np.float32), x, y
 
 
 def crowded(count, seed, side=400, widest=4.0):
@@ -55,23 +38,30 @@ def deep_field():
     return counts + np.random.default_rng(10).uniform(-0.5, 0.5, counts.shape).astype(np.float32)
 
 
-def found_near(objects, x, y):
-    return sum(
-        np.hypot(objects["x"] - a, objects["y"] - b).min() < 2 for a, b in zip(x, y, strict=True)
-    )
-
-
-@pytest.mark.parametrize("gap", [12, 16, 20, 24])
+@pytest.mark.parametrize("gap", [12, 24])
 @pytest.mark.parametrize("fwhm", [None, 3])
 def test_faint_stars_beside_bright_ones_are_found_with_a_noise_image(gap, fwhm):
     kernel = make_kernel("gaussian", fwhm, None) if fwhm else DEFAULT_KERNEL
     depth = float(np.abs(kernel).sum() / np.sqrt(np.square(kernel).sum()))
-    image, x, y = pairs_of_stars(gap)
+    image = np.random.default_rng(0).normal(0, 1, (1000, 1000))
+    places = np.arange(50, 950, 50)
+    x, y = (grid.ravel() for grid in np.meshgrid(places, places))
+    for at_x, at_y in zip(x, y, strict=True):
+        star(image, at_x, at_y, 100 * NOISE_AREA)
+        star(image, at_x + gap, at_y, 15 * NOISE_AREA)
     for option, thresh in (("array_rms", 4.0), ("float_globalrms", 4.0 / depth)):
-        objects = find_sources(field_of(image, kernel, option, thresh=thresh)).objects
-        assert found_near(objects, x + gap, y) >= 0.99 * len(x)
-        assert found_near(objects, x, y) == len(x)
+        field = field_of(image.astype(np.float32), kernel, option, thresh=thresh)
+        objects = find_sources(field).objects
+        found = [
+            [np.hypot(objects["x"] - a - dx, objects["y"] - b).min() < 2 for dx in (0, gap)]
+            for a, b in zip(x, y, strict=True)
+        ]
+        bright, faint = np.mean(found, axis=0)
+        assert bright == 1
+        assert faint >= 0.99
 
+
+# Against SExtractor's way, and SEP's
 
 SETTINGS = {
     "defaults": {},
@@ -97,12 +87,37 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+def places(objects):
+    return set(zip(objects["xpeak"], objects["ypeak"], strict=True))
+
+
+def rank_of_sep(found, minarea):
+    """Return what SEP's heap gives for the `rank`: it goes on from the wrong child."""
+    if len(found) <= minarea:
+        return rank(found, minarea)
+    heap = sorted(found[:minarea])
+    for value in found[minarea + 1 :]:
+        if value <= heap[0]:
+            continue
+        heap[0], parent = value, 0
+        while (child := 2 * parent + 2) <= minarea:
+            if child != minarea and heap[child - 1] > heap[child]:
+                child += 1
+            if heap[parent] <= heap[child - 1]:
+                break
+            heap[parent], heap[child - 1] = heap[child - 1], heap[parent]
+            parent = child
+    return heap[0]
+
+
+@pytest.mark.parametrize(
+    ("image", "settings"),
+    [*((image, "defaults") for image in IMAGES), *(("fuller", name) for name in [*SETTINGS][1:])],
+)
 def test_cleaning_keeps_what_sep_keeps(image, settings):
-    image, settings = image(), {"err_option": "float_globalrms", **settings}
+    image, settings = IMAGES[image](), {"err_option": "float_globalrms", **SETTINGS[settings]}
     field = field_of(image, **settings)
-    found = find_sources(field).objects
+    found = places(find_sources(field).objects)
     noise, beta = settings.pop("err_option"), settings.pop("clean_param", 1.0)
     keywords = {
         "thresh": settings.pop("thresh", 1.5),
@@ -110,50 +125,33 @@ def test_cleaning_keeps_what_sep_keeps(image, settings):
         "filter_kernel": settings.pop("kernel", DEFAULT_KERNEL),
         **settings,
     }
-    expected = sep.extract(field.residual, **keywords, clean_param=beta)
+    expected = places(sep.extract(field.residual, **keywords, clean_param=beta))
     limit = 0.07 if keywords["filter_kernel"] is None else 0.04
-    assert len(places(expected) ^ places(found)) <= limit * len(expected) + 1
-    # Each departure is one of its heap.
+    assert len(expected ^ found) <= limit * len(expected) + 1
+    # Departures come from SEP's heap, which finds the pixels of ragged objects in another order.
     objects, labels = sep.extract(field.residual, **keywords, clean=False, segmentation_map=True)
     if len(objects) < 500:
         margin = margins(objects, labels, field.residual, mask=None, **keywords)
         arguments = objects, labels, field.residual, margin, settings.get("minarea", 5), beta
-        assert len(places(clean_plainly(*arguments)[0]) ^ places(found)) == 0
-        departures = places(clean_plainly(*arguments, ranked=rank_of_sep)[0]) ^ places(expected)
-        # It finds the pixels of ragged objects in another order.
+        assert places(clean_plainly(*arguments)[0]) == found
+        departures = places(clean_plainly(*arguments, ranked=rank_of_sep)[0]) ^ expected
         assert len(departures) <= 0.02 * len(expected) + 2
-
-
-def places(objects):
-    return set(zip(objects["xpeak"], objects["ypeak"], strict=True))
-
-
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("count", [30, 150])
-def test_cleaning_goes_pair_by_pair(count, settings):
-    image, settings = crowded(count, count, side=200), {"err_option": "float_globalrms", **settings}
-    objects, labels = find_sources(field_of(image, **settings))
-    noise, kernel = settings.pop("err_option"), settings.pop("kernel", DEFAULT_KERNEL)
-    expected = direct(image, noise=noise, filter_kernel=kernel, **settings)
-    for name in objects.dtype.names:
-        assert_array_equal(objects[name], expected[2][name])
-    assert_array_equal(labels, expected[3])
 
 
 @pytest.mark.parametrize("err_option", ["float_globalrms", "array_rms"])
 def test_a_large_kernel_filters_as_a_small_one(monkeypatch, err_option):
     field = field_of(crowded(50, 14, side=90), make_kernel("gaussian", 5.0, None), err_option)
     where = np.flatnonzero(np.random.default_rng(14).random(field.mask.shape) < 0.3)
-    monkeypatch.setattr(source_extractor, "LARGE_KERNEL", 0)
-    owner = np.zeros(len(where), int)
-    by_fourier = filter_pixels(field, where, owner)
-    monkeypatch.setattr(source_extractor, "LARGE_KERNEL", 10**6)
-    directly = filter_pixels(field, where, owner)
+    filtered = []
+    for limit in (0, 10**6):
+        monkeypatch.setattr(source_extractor, "LARGE_KERNEL", limit)
+        filtered.append(filter_pixels(field, where, np.zeros(len(where), int)))
+    by_fourier, directly = filtered
     for name in directly.dtype.names:
         assert_allclose(by_fourier[name], directly[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("portion", [1, 100, 2**18])
+@pytest.mark.parametrize("portion", [1, 2**18])
 def test_all_pairs_that_reach_each_other_are_met_once(monkeypatch, portion):
     monkeypatch.setattr(source_extractor, "PORTION", portion)
     rng = np.random.default_rng(5)
@@ -167,16 +165,15 @@ def test_all_pairs_that_reach_each_other_are_met_once(monkeypatch, portion):
     assert set(zip(i[near], j[near], strict=True)) == set(pairs)
 
 
-@pytest.mark.parametrize("count", [50_000, 200_000])
-def test_the_number_of_pairs_grows_as_that_of_objects(count):
-    rng = np.random.default_rng(6)
+def test_the_number_of_pairs_grows_as_that_of_objects():
+    count, rng = 50_000, np.random.default_rng(6)
     x, y = rng.uniform(0, np.sqrt(count) * 5, (2, count))
     reach = np.full(count, 5.0)
     reach[:5] = 1e3
     assert sum(len(i) for i, _ in close_pairs(x, y, reach)) < 30 * count
 
 
-def test_noise_in_its_thousands_is_cleaned_in_a_moment():
+def test_thousands_of_noise_peaks_are_cleaned_within_seconds():
     image = np.random.default_rng(7).normal(0, 1, (1000, 1000)).astype(np.float32)
     field = field_of(image, thresh=0.5, minarea=1)
     start = time.process_time()
@@ -204,45 +201,41 @@ def test_thresholds_with_a_noise_image_are_those_of_the_isophote(run, write):
 # Masked pixels, none of them bridged
 
 
-def test_no_object_holds_masked_pixels(run, write, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--err-option", "array_rms", "--thresh", 4]])
+def test_no_object_holds_masked_pixels(run, write, tmp_path, options):
     image = crowded(100, 9)
     mask = np.random.default_rng(9).uniform(size=image.shape) < 0.05
     mask[200:203] = True
     image[mask] = np.nan
-    path = write(image)
-    for options in ([], ["--err-option", "array_rms", "--thresh", 4]):
-        result = run(path, *options, "--bridge", 0, "--subtracted", tmp_path / "subtracted.fits")
-        catalog, labels = result.catalog, result.image("segmentation")
-        light = source_extractor.fits.getdata(tmp_path / "subtracted.fits")
-        assert not labels[mask].any()
-        assert_array_equal(np.unique(labels), np.arange(len(catalog) + 1))
-        assert_array_equal(np.bincount(labels.ravel())[1:], catalog["npix"])
-        assert (catalog["flag"] & CUT).any()
-        assert not (catalog["flag"] & CUT).all()
-        for source in catalog.itertuples():
-            y, x = np.nonzero(labels == source.id)
-            bounds = source.xmin, source.xmax, source.ymin, source.ymax
-            assert bounds == (x.min(), x.max(), y.min(), y.max())
-            assert source.flux == pytest.approx(light[y, x].sum(), rel=1e-4, abs=0.01)
-            assert source.peak == light[y, x].max() == light[source.ypeak, source.xpeak]
-            assert labels[source.ycpeak, source.xcpeak] == source.id
-            assert source.tnpix <= source.npix
+    subtracted = tmp_path / "subtracted.fits"
+    result = run(write(image), *options, "--bridge", 0, "--subtracted", subtracted)
+    catalog, labels = result.catalog, result.image("segmentation")
+    light = source_extractor.fits.getdata(subtracted)
+    assert not labels[mask].any()
+    assert_array_equal(np.unique(labels), np.arange(len(catalog) + 1))
+    assert_array_equal(np.bincount(labels.ravel())[1:], catalog["npix"])
+    assert (catalog["flag"] & CUT).any()
+    assert not (catalog["flag"] & CUT).all()
+    for source in catalog.itertuples():
+        y, x = np.nonzero(labels == source.id)
+        bounds = source.xmin, source.xmax, source.ymin, source.ymax
+        assert bounds == (x.min(), x.max(), y.min(), y.max())
+        assert source.flux == pytest.approx(light[y, x].sum(), rel=1e-4, abs=0.01)
+        assert source.peak == light[y, x].max() == light[source.ypeak, source.xpeak]
+        assert labels[source.ycpeak, source.xcpeak] == source.id
+        assert source.tnpix <= source.npix
 
 
 def test_a_masked_core_leaves_the_rim_and_its_highest_pixel():
-    image = np.zeros((60, 60))
+    image = np.random.default_rng(1).normal(0, 1, (60, 60))
     star(image, 30, 30, 5000)
-    image = (image + np.random.default_rng(1).normal(0, 1, image.shape)).astype(np.float32)
     mask = np.zeros(image.shape, bool)
     mask[30, 30] = True
-    field = field_of(image, thresh=5.0, mask=mask)
-    (whole,) = sep.extract(np.where(mask, 0, field.residual), 5.0, err=field.noise)
-    (cut,) = find_sources(field).objects
+    field = field_of(image.astype(np.float32), thresh=5.0, mask=mask)
     light = np.where(mask, 0, field.residual)
+    (whole,) = sep.extract(light, 5.0, err=field.noise)
+    (cut,) = find_sources(field).objects
     filtered = correlate(light, DEFAULT_KERNEL / DEFAULT_KERNEL.sum())
-    assert (whole["xcpeak"], whole["ycpeak"]) == (30, 30) or not mask[
-        whole["ycpeak"], whole["xcpeak"]
-    ]
     assert cut["npix"] == whole["npix"] - 1
     assert not mask[cut["ycpeak"], cut["xcpeak"]]
     assert cut["cpeak"] == pytest.approx(np.where(mask, 0, filtered).max(), rel=1e-6)
