@@ -80,10 +80,9 @@ def random_sources(
     slope=1.0,
     galaxy_fraction=0.5,
     radius=(1.0, 3.0),
-    fwhm=3.0,
-    beta=np.inf,
+    **psf,
 ):
-    """Return a source table of stars and galaxies anywhere in the image.
+    """Return a source table of stars and galaxies anywhere in the image; `psf` as for `stars`.
 
     Of the total fluxes in the range `flux`, faint ones are more frequent: `slope` is that of the
     cumulative counts, N(> flux) ~ flux**-slope; 1.5 for a uniform Euclidean space. Half of the
@@ -100,14 +99,9 @@ def random_sources(
     b = a * rng.uniform(0.3, 1.0, number)
     theta = rng.uniform(-pi / 2, pi / 2, number)
     extended = rng.random(number) < galaxy_fraction
-    psf = {"fwhm": fwhm, "beta": beta}
     shapes = {"n": n[extended], "a": a[extended], "b": b[extended], "theta": theta[extended]}
-    return vstack(
-        [
-            stars(x[~extended], y[~extended], fluxes[~extended], **psf),
-            galaxies(x[extended], y[extended], fluxes[extended], **shapes, **psf),
-        ]
-    )
+    points = stars(x[~extended], y[~extended], fluxes[~extended], **psf)
+    return vstack([points, galaxies(x[extended], y[extended], fluxes[extended], **shapes, **psf)])
 
 
 def blobs(shape, *centres, seed=3, level=100.0, noise=1.0, peak=60.0, a=2.0, b=2.0, theta=0.0):
@@ -143,7 +137,10 @@ def tan_wcs(shape, *, ra=150.0, dec=2.0, scale=0.262):
 
 
 def light(shape, sources, *, level=0.0, gradient=(0.0, 0.0)):
-    """Return a float32 image of a source table without noise; see `simulate`."""
+    """Return a float32 image of a source table without noise.
+
+    The background is `level` at the centre; it rises by `gradient` over the image in x and in y.
+    """
     ny, nx = shape
     rise_x = gradient[0] * ((np.arange(nx) + 0.5) / nx - 0.5)
     rise_y = gradient[1] * ((np.arange(ny) + 0.5) / ny - 0.5)
@@ -154,23 +151,14 @@ def light(shape, sources, *, level=0.0, gradient=(0.0, 0.0)):
 
 
 def simulate(
-    shape,
-    sources,
-    *,
-    seed=0,
-    level=0.0,
-    gradient=(0.0, 0.0),
-    noise=1.0,
-    noise_fwhm=0.0,
-    gain=None,
-    wcs=None,
+    shape, sources, *, seed=0, noise=1.0, noise_fwhm=0.0, gain=None, wcs=None, **background
 ):
     """Return a float32 image of a source table, and the table with what else is true of it.
 
-    The background is `level` at the centre, and rises by `gradient` across the whole image in x and
-    in y. `noise` is the standard deviation of Gaussian noise, correlated by a Gaussian of the FWHM
-    `noise_fwhm`, or white if that is 0. With a `gain`, electrons for one image unit, sources and
-    background have Poisson noise too; negative values count as no electrons.
+    The `background` is that of `light`. `noise` is the standard deviation of Gaussian noise,
+    correlated by a Gaussian of the FWHM `noise_fwhm`, or white if that is 0. With a `gain`,
+    electrons for one image unit, sources and background have Poisson noise too; negative values
+    count as no electrons.
 
     Columns are added for ``r50``, the radius of the circle that holds half of the flux,
     point-spread function included, and for ``ra`` and ``dec`` in degrees, nan without `wcs`. An
@@ -178,7 +166,7 @@ def simulate(
     r50 * sqrt(1 + 0.46 / fwhm**2) for a star.
     """
     rng = np.random.default_rng(seed)
-    image = light(shape, sources, level=level, gradient=gradient)
+    image = light(shape, sources, **background)
     if gain is not None:
         image = (rng.poisson(np.maximum(image, 0) * gain) / gain).astype(np.float32)
     image += noise * _unit_noise(shape, noise_fwhm, rng)
