@@ -3,6 +3,7 @@
 import pytest
 from astropy.io import fits
 
+import source_extractor
 from common import DATA, NINE_OPTIONS, SHAPE, SKY, Run, all_nine, call, exact_path, extract
 from sky import blobs, random_sources, simulate
 
@@ -21,6 +22,15 @@ def run(tmp_path, capsys):
         return result
 
     return run_tool
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Return the list of the warnings that functions of the tool give from now on."""
+    texts = []
+    logger = source_extractor.log
+    monkeypatch.setattr(logger, "warning", lambda text, *values: texts.append(text % values))
+    return texts
 
 
 @pytest.fixture

@@ -9,56 +9,39 @@ import pandas as pd
 import pytest
 import sep
 import tifffile
+from astropy import units as u
 from astropy.io import fits
 from astropy.io.votable.ucd import check_ucd
 from astropy.table import Table
+from numpy.testing import assert_allclose
 
-from common import read_catalog, table_path
+from common import SHAPE, read_catalog, table_path
 from contract import COLUMNS, SEP_FIELDS
-from sky import blobs, tan_wcs
+from sky import blobs
+from source_extractor import unit_of_sums
 
-# ---------------------------------------------------------------------------------------------
-# Columns
-# ---------------------------------------------------------------------------------------------
-
-
-def fits_with_wcs(path, image):
-    fits.writeto(path, image, tan_wcs(image.shape).to_header())
-
-
-def fits_without_wcs(path, image):
-    fits.writeto(path, image)
-
-
-def noise_alone(path, image):
-    fits.writeto(path, image[:40, 50:110] * 0 + np.float32(3))
+# Columns and text
 
 
 @pytest.mark.parametrize(
-    ("write_input", "options"),
+    ("contrast", "options"),
     [
-        (fits_with_wcs, []),
-        (fits_without_wcs, []),
-        (tifffile.imwrite, []),
-        (fits_without_wcs, ["--thresh", 1000]),
-        (noise_alone, []),
-        (fits_without_wcs, ["--err-option", "none", "--thresh", 5]),
-        (fits_without_wcs, ["--err-option", "array_rms", "--gain", 2, "--zeropoint", 25]),
+        (1, ["--err-option", "none", "--thresh", 5]),
+        (1, ["--err-option", "array_rms", "--gain", 2, "--zeropoint", 25]),
+        (0, []),
     ],
-    ids=["wcs", "no-wcs", "tiff", "no-sources", "constant", "absolute", "array"],
+    ids=["absolute", "array", "constant"],
 )
-def test_the_columns_are_the_same_whatever_the_input(run, tmp_path, stars, write_input, options):
-    write_input(tmp_path / "image", stars)
+def test_the_columns_are_the_same_whatever_the_input(run, tmp_path, stars, contrast, options):
+    tifffile.imwrite(tmp_path / "image", contrast * stars)
     assert list(run(tmp_path / "image", *options).catalog) == COLUMNS
 
 
 @pytest.mark.parametrize("thresh", [1.5, 1000], ids=["sources", "no-sources"])
-@pytest.mark.parametrize(
-    "diameters", [["5"], ["7.5", "5"], ["0.25", "1000", "12.3456789"]], ids=len
-)
-def test_each_aperture_adds_four_columns_in_the_order_given(run, write, stars, diameters, thresh):
+def test_each_aperture_adds_four_columns_in_the_order_given(run, write, stars, thresh):
+    diameters = ["0.25", "1000", "12.3456789"]
     result = run(write(stars), "--aperture-diameters", *diameters, "--thresh", thresh)
-    assert list(result.catalog)[len(COLUMNS) :] == [
+    assert list(result.catalog) == COLUMNS + [
         f"{quantity}_aper_{diameter}"
         for diameter in diameters
         for quantity in ("flux", "fluxerr", "mag", "magerr")
@@ -68,11 +51,6 @@ def test_each_aperture_adds_four_columns_in_the_order_given(run, write, stars, d
 def test_the_catalogues_fields_are_seps_own():
     objects = sep.extract(np.eye(9, dtype=np.float32), 0.5)
     assert list(objects.dtype.names) == SEP_FIELDS
-
-
-# ---------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------
 
 
 def test_the_catalogue_has_one_line_of_names_and_one_a_source(nine):
@@ -97,6 +75,7 @@ def assert_rounded(directory):
             else:
                 assert Decimal(written) == rounding.create_decimal(value), name
                 assert re.fullmatch(r"-?\d+(\.\d*[1-9])?(e[-+]\d+)?", written), name
+    return text
 
 
 def test_the_text_is_the_fits_table_to_ten_digits(nine):
@@ -104,98 +83,158 @@ def test_the_text_is_the_fits_table_to_ten_digits(nine):
 
 
 def test_whole_numbers_have_no_point_and_unknown_ones_are_nan(run, write, stars):
-    result = run(write(stars), "--err-option", "none", "--thresh", 5)
-    assert_rounded(result.directory)
-    rows = pd.read_csv(result.directory / "catalog.tsv", sep="\t", dtype=str, na_filter=False)
+    rows = assert_rounded(run(write(stars), "--err-option", "none", "--thresh", 5).directory)
     assert set(rows["thresh"]) == {"5"}
     assert {*rows["ra"], *rows["dec"]} == {"nan"}
 
 
 def test_without_sources_the_catalogues_keep_their_columns(run, write, tmp_path):
-    image = write(blobs((64, 64)))
     table, regions = tmp_path / "catalog.fits", tmp_path / "sources.reg"
-    result = run(image, "--thresh", 100, "--catalog-fits", table, "--regions", regions)
+    options = ("--thresh", 100, "--catalog-fits", table, "--regions", regions)
+    result = run(write(blobs((64, 64))), *options)
     assert result.code == 0
     assert "warning: no sources" in result.err
     assert (result.directory / "catalog.tsv").read_text() == "\t".join(COLUMNS) + "\n"
-    assert Table.read(table).colnames == COLUMNS
-    assert len(Table.read(table)) == 0
+    assert (Table.read(table).colnames, len(Table.read(table))) == (COLUMNS, 0)
     assert "ellipse" not in regions.read_text()
     assert not result.image("segmentation").any()
 
 
-# ---------------------------------------------------------------------------------------------
 # FITS table
-# ---------------------------------------------------------------------------------------------
-
-UNITS = {
-    "flux": "nJy",
-    "theta": "rad",
-    "x2": "pix2",
-    "ra": "deg",
-    "dec": "deg",
-    "fwhm": "pix",
-    "background": "nJy",
-    "rms": "nJy",
-    "flux_auto": "nJy",
-    "fluxerr_auto": "nJy",
-    "mag_auto": "mag",
-    "magerr_auto": "mag",
-    "flux_radius": "pix",
-    "xwin": "pix",
-    "ywin": "pix",
-    "flux_aper_5": "nJy",
-    "fluxerr_aper_5": "nJy",
-    "mag_aper_7.5": "mag",
-    "magerr_aper_7.5": "mag",
-}
 
 
-@pytest.fixture
-def table(nine):
-    return Table.read(nine / "catalog.fits")
-
-
-@pytest.mark.parametrize("name", UNITS)
-def test_columns_have_units(table, name):
-    assert table[name].unit.to_string() == UNITS[name]
-
-
-def test_only_pure_numbers_have_no_unit(table):
+def test_columns_have_units_but_for_pure_numbers(nine):
+    expected = {name: "nJy" for name in ("flux", "background", "rms", "flux_auto", "fluxerr_auto")}
+    expected |= {name: "pix" for name in ("fwhm", "flux_radius", "xwin", "ywin")}
+    expected |= {"flux_aper_5": "nJy", "fluxerr_aper_5": "nJy", "x2": "pix2", "theta": "rad"}
+    expected |= {name: "mag" for name in ("mag_auto", "magerr_auto", "mag_aper_7.5")}
+    expected |= {"magerr_aper_7.5": "mag", "ra": "deg", "dec": "deg"}
+    units = {column.name: column.unit for column in Table.read(nine / "catalog.fits").itercols()}
+    assert {name: units[name].to_string() for name in expected} == expected
     pure_numbers = {"id", "flag", "elongation", "kron_radius", "snr", "flag_auto"}
-    assert {column.name for column in table.itercols() if column.unit is None} == pure_numbers
+    assert {name for name, unit in units.items() if unit is None} == pure_numbers
 
 
-def test_every_column_has_a_description_of_its_own(nine):
+def test_every_column_has_a_description_of_its_own_and_a_ucd_of_the_ivoa(nine):
     header = fits.getheader(nine / "catalog.fits", 1)
-    descriptions = [header[f"TCOMM{number}"] for number in range(1, header["TFIELDS"] + 1)]
-    assert all(descriptions)
-    assert len(set(descriptions)) == len(descriptions)
+    numbers = range(1, header["TFIELDS"] + 1)
+    descriptions = {header[f"TCOMM{number}"] for number in numbers}
+    assert len(descriptions - {""}) == len(numbers)
+    for number in numbers:
+        ucd = header[f"TUCD{number}"]
+        assert check_ucd(ucd, check_controlled_vocabulary=True), header[f"TTYPE{number}"]
 
 
 def test_the_fits_catalogue_tells_how_it_was_made(nine):
     assert "thresh = 1.5" in list(fits.getheader(nine / "catalog.fits", 1)["HISTORY"])
 
 
-def test_every_column_has_a_ucd_of_the_ivoa(nine):
-    header = fits.getheader(nine / "catalog.fits", 1)
-    for number in range(1, header["TFIELDS"] + 1):
-        ucd = header[f"TUCD{number}"]
-        assert check_ucd(ucd, check_controlled_vocabulary=True), header[f"TTYPE{number}"]
+# Units
 
 
-def test_measured_columns_have_the_unit_of_the_measured_image(run, write, stars, tmp_path):
-    detection = write(stars, "detection.fits", BUNIT="adu")
-    other = write(stars, "other.fits", BUNIT="nJy")
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("Jy/beam", u.Jy * u.pix / u.beam),
+        ("mJy beam-1", u.mJy * u.pix / u.beam),
+        ("JY/BEAM", u.Jy * u.pix / u.beam),
+        ("Jy/beam.km/s", u.Jy * u.pix / u.beam * u.km / u.s),
+        ("MJy/sr", u.MJy * u.pix / u.sr),
+        ("Jy/arcsec2", u.Jy * u.pix / u.arcsec**2),
+        ("1e-20 erg/s/cm2/arcsec2", 1e-20 * u.erg / u.s / u.cm**2 * u.pix / u.arcsec**2),
+        ("adu/pixel", u.adu),
+        ("ct/s/pix", u.ct / u.s),
+        ("DN/pixel", u.Unit("DN")),
+        ("electron/s/pix", u.electron / u.s),
+        ("1/pixel", u.dimensionless_unscaled),
+    ],
+)
+def test_a_sum_of_pixels_in_a_unit_per_area_is_in_another(unit, expected):
+    found = unit_of_sums(unit)
+    assert u.Unit(found).is_equivalent(expected)
+    assert u.Unit(found).to(expected) == pytest.approx(1)
+    assert "per" not in found
+
+
+OTHER_UNITS = [
+    *("ADU", "nJy", "erg/s/cm2/Angstrom", "W m-2", "K", "counts/pixel", "furlong", "m m("),
+    *("mag(AB)", "dex(cm/s2)", "10**(99999999) Jy/beam", "3 Jy", "1e-20 erg/s"),
+]
+
+
+@pytest.mark.parametrize("unit", OTHER_UNITS)
+def test_a_sum_of_pixels_in_any_other_unit_is_in_it(unit):
+    assert unit_of_sums(unit) == unit
+
+
+@pytest.mark.parametrize(
+    ("unit", "summed"),
+    [
+        *(("Jy/beam", "Jy pix beam-1"), ("1/pixel", ""), ("10**(99999999) Jy/beam", None)),
+        *(("m m(", None), ("mag(AB)", None), ("furlong", None), (3.5, None)),
+    ],
+)
+def test_any_unit_gets_into_the_fits_catalogue(run, write, stars, tmp_path, unit, summed):
+    table = tmp_path / "catalog.fits"
+    result = run(write(stars, BUNIT=unit), "--catalog-fits", table, "--aperture-diameters", "5")
+    assert (result.code, result.err) == (0, "")
+    assert fits.getheader(result.directory / "background.fits")["BUNIT"] == str(unit)
+    header = fits.getheader(table, 1)
+    units = {header[f"TTYPE{n}"]: header.get(f"TUNIT{n}", "") for n in range(1, len(COLUMNS) + 5)}
+    levels = "thresh", "cpeak", "peak", "background", "rms"
+    sums = "cflux", "flux", "flux_auto", "fluxerr_auto", "flux_aper_5", "fluxerr_aper_5"
+    assert {units[name] for name in levels} == {str(unit)}
+    assert {units[name] for name in sums} == {str(unit) if summed is None else summed}
+    assert len(fits.getdata(table, 1)) == 6
+
+
+def test_astropy_reads_the_units_which_are_those_of_the_image_that_was_measured(
+    run, write, stars, tmp_path
+):
+    detection = write(stars, "detection.fits", BUNIT="adu/pixel")
+    other = write(stars, "other.fits", BUNIT="MJy/sr")
     run(detection, "--measure-image", other, "--catalog-fits", tmp_path / "catalog.fits")
     table = Table.read(tmp_path / "catalog.fits")
-    assert str(table["flux"].unit) == "adu"
-    assert str(table["flux_auto"].unit) == str(table["background"].unit) == "nJy"
+    assert (table["peak"].unit, table["flux"].unit) == (u.adu / u.pix, u.adu)
+    assert table["background"].unit == u.MJy / u.sr
+    assert table["flux_auto"].unit == u.MJy * u.pix / u.sr
 
 
-@pytest.mark.parametrize("unit", ["ADU", "furlong", "3 Jy", "mag(AB)", "m m(", "1e-20 erg/s", 3.5])
-def test_any_unit_gets_into_the_fits_catalogue(run, write, stars, tmp_path, unit):
-    result = run(write(stars, BUNIT=unit), "--catalog-fits", tmp_path / "catalog.fits")
+# The beam of the image in pixels, wide and narrow, and its scale in degrees a pixel.
+BEAM, SCALE = (5.0, 4.0), 1e-3
+RADIO = {
+    **{"CTYPE1": "RA---SIN", "CTYPE2": "DEC--SIN", "CRVAL1": 83.6, "CRVAL2": 22.0},
+    **{"CRPIX1": 70.5, "CRPIX2": 50.5, "CDELT1": -SCALE, "CDELT2": SCALE},
+    **{"BMAJ": BEAM[0] * SCALE, "BMIN": BEAM[1] * SCALE, "BPA": 90.0, "BUNIT": "Jy/beam"},
+}
+AREA = np.pi / (4 * np.log(2)) * np.prod(BEAM)
+
+
+def beams_told(result):
     assert result.code == 0
-    assert len(fits.getdata(tmp_path / "catalog.fits", 1)) == 6
-    assert fits.getheader(result.directory / "background.fits")["BUNIT"] == str(unit)
+    return [float(number) for number in re.findall(r"^beam +([\d.]+) pixels", result.out, re.M)]
+
+
+def test_a_flux_divided_by_the_beam_is_that_of_the_source(run, write):
+    sigma = dict(zip("ab", np.divide(BEAM, np.sqrt(8 * np.log(2))), strict=True))
+    image = blobs(SHAPE, (40, 60), level=0, noise=1e-3, peak=2.5, **sigma)  # Jy a beam
+    image += blobs(SHAPE, (110, 50), level=0, noise=0, peak=1.0, **sigma)
+    result = run(write(image, **RADIO), "--thresh", 20, "--aperture-diameters", "30")
+    (beam,) = beams_told(result)
+    assert beam == pytest.approx(AREA, rel=1e-5)
+    assert_allclose(sorted(result.catalog["flux_aper_30"] / beam), [1.0, 2.5], rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"BUNIT": "Jy"}, {"BMIN": None}, {"BMAJ": 0.0}, {"CTYPE1": "", "CTYPE2": ""}],
+    ids=["not per beam", "no beam", "of size 0", "no WCS"],
+)
+def test_a_beam_that_is_not_known_is_not_told(run, write, stars, change):
+    assert beams_told(run(write(stars, **RADIO | change))) == []
+
+
+def test_the_beam_of_the_measure_image_is_told_too(run, write, stars):
+    other = write(stars, "other.fits", **RADIO | {"BMAJ": 8e-3})
+    result = run(write(stars, **RADIO), "--measure-image", other)
+    assert_allclose(beams_told(result), [AREA, 8 / 5 * AREA], rtol=1e-5)

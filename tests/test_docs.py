@@ -19,14 +19,9 @@ README, OPTIONS, CATALOG = (
     (ROOT / name).read_text() for name in ("README.md", "docs/options.md", "docs/catalog.md")
 )
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
-
-def test_the_readme_is_short():
+def test_the_readme_is_short_and_has_the_test_command_of_continuous_integration():
     assert len(README.encode()) <= 9216
-
-
-def test_continuous_integration_finds_the_test_command():
     command = next(line for line in README.splitlines() if re.match(r"    .*pytest", line))
     assert command.endswith(
         "&& .venv-test/bin/pytest && .venv-test/bin/python tests/tools/galaxy.py"
@@ -42,22 +37,16 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pages
-def test_links_and_pictures_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_files_that_are_mentioned_exist(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert links
-    for link in links:
-        if link.startswith("https://"):
-            continue
+    for link in (link for link in links if not link.startswith("https://")):
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         assert target.is_file(), link
         assert not anchor or anchor in anchors(target), link
-
-
-@pages
-def test_files_that_are_mentioned_exist(page):
-    text = page.read_text()
     paths = re.findall(r"\b(?:tests|test-data|workflows|docs)/[\w./-]*\w", text)
     for path in (*paths, *re.findall(r"`(\w+\.(?:xml|py))`", text)):
         assert (ROOT / path).exists(), path
@@ -90,18 +79,15 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("option", ACTIONS)
-def test_every_option_is_documented(option):
+def test_every_option_and_its_default_is_documented(option):
     assert re.search(rf"^\| .*`{option}[`\s]", OPTIONS, re.MULTILINE)
-
-
-@pytest.mark.parametrize("option", DEFAULTS)
-def test_every_default_is_documented(option):
-    rows = [line.split("|") for line in OPTIONS.splitlines() if line.startswith("| `-")]
-    names, defaults = next(row[1:3] for row in rows if f"`{option}`" in row[1])
-    options = re.findall(r"`(--[\w-]+)", names)
-    written = defaults.replace("`", "").split(",")
-    assert len(written) == len(options)
-    assert written[options.index(option)].strip() == str(DEFAULTS[option])
+    if option in DEFAULTS:
+        rows = [line.split("|") for line in OPTIONS.splitlines() if line.startswith("| `-")]
+        names, defaults = next(row[1:3] for row in rows if f"`{option}`" in row[1])
+        options = re.findall(r"`(--[\w-]+)", names)
+        written = defaults.replace("`", "").split(",")
+        assert len(written) == len(options)
+        assert written[options.index(option)].strip() == str(DEFAULTS[option])
 
 
 # Columns
@@ -141,17 +127,12 @@ def commands(text):
 EXAMPLES = {page.name: list(commands(page.read_text())) for page in PAGES}
 
 
-@pytest.mark.parametrize(
-    "arguments", [a for examples in EXAMPLES.values() for a in examples], ids=" ".join
-)
-def test_examples_are_right_usage(arguments, tmp_path, monkeypatch):
+def test_examples_are_right_usage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert check_usage(build_parser().parse_args(arguments)) is None
-
-
-def test_there_are_examples():
     assert len(EXAMPLES["README.md"]) >= 7
     assert EXAMPLES["options.md"]
+    for arguments in (arguments for examples in EXAMPLES.values() for arguments in examples):
+        assert check_usage(build_parser().parse_args(arguments)) is None, arguments
 
 
 def test_the_snippet_draws_the_ellipses_of_the_catalogue(run, data, tmp_path, monkeypatch):

@@ -1,19 +1,27 @@
-"""The products: which, where, the same each time, with the permissions that are due."""
+"""The products: which, where, of what kind, and what their headers say."""
 
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 import sep
 import tifffile
 from astropy.io import fits
 
+import source_extractor
 from common import NINE_OPTIONS, all_nine, extract, tree
-from contract import FIVE, NINE, ON_REQUEST
+from contract import DEFAULTS, FIVE, NINE, NOT_IN_HISTORY, ON_REQUEST
+
+# Which and where
 
 
-def test_the_five_products_and_no_other_file_are_written_by_default(run, write, stars):
-    assert set(tree(run(write(stars)).directory)) == FIVE
+def test_the_five_products_are_written_by_default_and_replace_older_ones(run, write, stars):
+    image = write(stars)
+    first = tree(run(image, "--thresh", 1000).directory)
+    again = tree(run(image).directory)
+    assert set(first) == set(again) == FIVE
+    assert again["catalog.tsv"] != first["catalog.tsv"]
 
 
 def test_all_nine_products_are_written_on_request(nine):
@@ -21,21 +29,20 @@ def test_all_nine_products_are_written_on_request(nine):
 
 
 @pytest.mark.parametrize(("option", "name"), ON_REQUEST.items())
-def test_only_the_requested_product_joins_the_five(run, write, stars, tmp_path, option, name):
-    result = run(write(stars), option, tmp_path / "products" / name)
-    assert set(tree(result.directory)) == FIVE | {name}
+def test_only_the_requested_product_joins_the_five(option, name):
+    args = source_extractor.build_parser().parse_args(["image.fits", option, name])
+    assert {path.name for path in source_extractor.product_paths(args).values()} == FIVE | {name}
 
 
-def test_products_go_to_the_working_directory_by_default(write, stars, tmp_path, monkeypatch):
-    image = write(stars)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+def test_products_go_to_the_working_directory_or_to_one_that_is_made(
+    write, stars, tmp_path, monkeypatch
+):
+    image, here = write(stars), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     extract(image)
-    assert set(tree(tmp_path / "here")) == FIVE
-
-
-def test_the_output_directory_is_made_with_its_parents(write, stars, tmp_path):
-    extract(write(stars), "-o", tmp_path / "a" / "b" / "c")
+    assert set(tree(here)) == FIVE
+    extract(image, "-o", tmp_path / "a" / "b" / "c")
     assert set(tree(tmp_path / "a")) == {f"b/c/{name}" for name in FIVE}
 
 
@@ -59,31 +66,25 @@ MAGIC = {"fits": b"SIMPLE", "gzip": b"\x1f\x8b", "tiff": b"II*\0"}
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "kind"),
+    ("options", "kinds"),
     [
-        ("b.fits", (), "fits"),
-        ("b.fits.gz", (), "gzip"),
-        ("b.dat", (), "fits"),
-        ("b", (), "fits"),
-        ("b.tif", (), "tiff"),
-        ("b.tiff", (), "tiff"),
-        ("b.TIF", (), "tiff"),
-        ("b.dat", ("--image-format", "tiff"), "tiff"),
-        ("b.fits", ("--image-format", "tiff"), "tiff"),
-        ("b.tif", ("--image-format", "fits"), "fits"),
+        ((), {"b.fits.gz": "gzip", "b.dat": "fits", "b": "fits"}),
+        ((), {"b.tif": "tiff", "b.tiff": "tiff", "b.TIF": "tiff"}),
+        (("--image-format", "tiff"), {"b.dat": "tiff", "b.fits": "tiff"}),
+        (("--image-format", "fits"), {"b.tif": "fits"}),
     ],
 )
-def test_image_format_goes_by_option_then_by_extension(write, stars, tmp_path, name, options, kind):
-    path = tmp_path / name
-    extract(write(stars), "-o", tmp_path, "--background", path, *options)
-    assert path.read_bytes().startswith(MAGIC[kind])
-    found = tifffile.imread(path) if kind == "tiff" else fits.getdata(path)
-    np.testing.assert_array_equal(found, sep.Background(stars).back())
-
-
-def test_image_format_tiff_changes_the_default_names(run, write, stars):
-    result = run(write(stars), "--image-format", "tiff")
-    assert set(tree(result.directory)) == {name.replace(".fits", ".tiff") for name in FIVE}
+def test_image_format_goes_by_option_then_by_extension(write, stars, tmp_path, options, kinds):
+    background = sep.Background(stars)
+    expected = background.back(), background.rms(), stars - background.back()
+    paths = [tmp_path / name for name in kinds]
+    named = zip(("--background", "--rms", "--subtracted"), paths, strict=False)
+    words = [word for pair in named for word in pair]
+    extract(write(stars), "-o", tmp_path, *options, *words)
+    for path, kind, pixels in zip(paths, kinds.values(), expected, strict=False):
+        assert path.read_bytes().startswith(MAGIC[kind])
+        found = tifffile.imread(path) if kind == "tiff" else fits.getdata(path)
+        np.testing.assert_array_equal(found, pixels)
 
 
 def test_two_runs_give_the_same_bytes(nine, tmp_path):
@@ -91,12 +92,14 @@ def test_two_runs_give_the_same_bytes(nine, tmp_path):
     assert tree(tmp_path) == tree(nine)
 
 
-def test_two_runs_give_the_same_bytes_in_tiff(write, stars, tmp_path):
-    image = write(stars)
-    for name in ("once", "again"):
-        directory = tmp_path / name
+def test_image_format_tiff_changes_the_default_names_and_two_runs_give_the_same_bytes(
+    write, stars, tmp_path
+):
+    image, once, again = write(stars), tmp_path / "once", tmp_path / "again"
+    for directory in (once, again):
         extract(image, "-o", directory, "--image-format", "tiff")
-    assert tree(tmp_path / "once") == tree(tmp_path / "again")
+    assert tree(once) == tree(again)
+    assert set(tree(once)) == {name.replace(".fits", ".tiff") for name in FIVE}
 
 
 def test_products_get_the_permissions_that_the_umask_leaves(write, stars, tmp_path):
@@ -120,9 +123,99 @@ def test_a_product_replaces_a_link_and_leaves_alone_what_it_pointed_to(run, writ
     assert link.read_text().startswith("id\tx\ty\t")
 
 
-def test_older_products_are_replaced(run, write, stars):
-    image = write(stars)
-    first = tree(run(image, "--thresh", 1000).directory)
-    again = tree(run(image).directory)
-    assert again.keys() == first.keys()
-    assert again["catalog.tsv"] != first["catalog.tsv"]
+# Images
+
+
+def test_fits_products_obey_the_standard(nine):
+    for path in nine.glob("*.fits"):
+        with fits.open(path) as hdus:
+            hdus.verify("exception")
+
+
+@pytest.mark.parametrize(("pixels", "products"), [("u1", ">f4"), (">f4", ">f4"), (">f8", ">f8")])
+def test_levels_are_float32_unless_the_image_is_float64(run, write, stars, pixels, products):
+    result = run(write(stars.astype(pixels)))
+    assert result.image("background").dtype == result.image("rms").dtype == products
+
+
+def test_fits_segmentation_is_int32_in_the_primary_hdu(nine):
+    with fits.open(nine / "segmentation.fits") as hdus:
+        assert hdus[0].data.dtype == np.dtype(">i4")
+        assert "BZERO" not in hdus[0].header
+
+
+@pytest.mark.parametrize(
+    ("side", "dtype"), [(0, np.uint8), (15, np.uint8), (16, np.uint16)], ids=["0", "225", "256"]
+)
+def test_tiff_segmentation_is_the_smallest_unsigned_integer(run, write, side, dtype):
+    image = np.zeros((136, 136), np.float32)
+    image[:2] = 1
+    cells = np.add.outer(np.arange(side) * 8 + 8, np.arange(3)).ravel()
+    image[np.ix_(cells, cells)] = 100
+    options = ("--err-option", "none", "--thresh", 50, "--filter-case", "none")
+    result = run(write(image), "--image-format", "tiff", *options)
+    labels = tifffile.imread(result.directory / "segmentation.tiff")
+    assert labels.dtype == dtype
+    assert labels.max() == len(result.catalog) == side**2
+
+
+def test_products_in_image_values_keep_the_unit_and_labels_have_none(nine):
+    headers = {path.stem: fits.getheader(path) for path in nine.glob("*.fits")}
+    assert {headers[name]["BUNIT"] for name in ("background", "rms", "subtracted")} == {"nJy"}
+    assert "BUNIT" not in headers["segmentation"]
+
+
+# History
+
+GIVEN = {
+    "image": "image.fits",
+    "plane": 0,
+    "mask_box": [[0, 1, 2, 3], [4, 5, 6, 7]],
+    "bw": 32,
+    "thresh": 2.25,
+    "gain": 3.0,
+    "clean": False,
+}
+
+
+def history(path):
+    """Return the lines in which a product, FITS or TIFF, tells how it was made."""
+    if path.suffix == ".fits":
+        return list(fits.getheader(path)["HISTORY"])
+    with tifffile.TiffFile(path) as tiff:
+        return tiff.pages[0].description.splitlines()
+
+
+@pytest.mark.parametrize("form", ["fits", "tiff"])
+def test_history_has_the_version_and_each_parameter(run, write, stars, form):
+    boxes = ("--mask-box", 0, 1, 2, 3, "--mask-box", 4, 5, 6, 7)
+    options = ("--thresh", 2.25, "--bw", 32, "--gain", 3, "--no-clean", "--plane", 0, *boxes)
+    result = run(write(stars), *options, "--image-format", form)
+    program = f"source_extractor.py {source_extractor.__version__} (sep {sep.__version__})"
+    told = {
+        f"{name} = {value!r}"
+        for name, value in (DEFAULTS | GIVEN).items()
+        if value not in (None, []) and name not in NOT_IN_HISTORY
+    }
+    for product in ("background", "rms", "segmentation"):
+        said = history(result.directory / f"{product}.{form}")
+        assert said[0] == f"{program}: {product}"
+        assert told <= set(said)
+
+
+def test_the_hdu_in_history_can_be_given_again(run, tmp_path, stars):
+    hdus = [fits.PrimaryHDU(), fits.ImageHDU(stars[:50]), fits.ImageHDU(stars, name="SCI")]
+    fits.HDUList(hdus).writeto(tmp_path / "mef.fits")
+    result = run(tmp_path / "mef.fits", "--hdu", "SCI")
+    told = next(line for line in history(result.directory / "rms.fits") if line.startswith("hdu"))
+    assert told == "hdu = 2"
+    again = run(tmp_path / "mef.fits", "--hdu", told.removeprefix("hdu = "))
+    pd.testing.assert_frame_equal(again.catalog, result.catalog)
+
+
+@pytest.mark.parametrize("form", ["fits", "tiff"])
+def test_odd_file_names_are_kept_in_history_as_ascii(run, write, stars, form):
+    name = f'é☃ 星 o\'brien "x" new\nline 50%s{{0}} {"x" * 180}.fits'
+    result = run(write(stars, name), "--image-format", form)
+    assert result.code == 0
+    assert ascii(name) in "".join(history(result.directory / f"background.{form}"))

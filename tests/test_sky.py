@@ -1,0 +1,455 @@
+"""The sky: positions, the WCS of products and DS9 regions, against astropy's own WCS and frames."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from astropy import units as u
+from astropy.coordinates import ICRS, SkyCoord
+from astropy.io import fits
+from astropy.wcs import WCS
+from numpy.testing import assert_allclose
+
+from common import NX, NY, SCRIPT, start
+from contract import FIVE, one_line
+from headers import (
+    ALL_SKY,
+    ECLIPTIC,
+    J2000,
+    NO_ICRS,
+    NO_WCS,
+    RADIO,
+    SIP,
+    SKIES,
+    cards,
+    celestial_wcs,
+    distorted,
+)
+from source_extractor import read_image, read_measure_image, sky_positions
+
+
+def sky_of(wcs, x, y, frame=None):
+    """Return positions by wcslib's numbers, in an explicit frame where one is given."""
+    if frame is None:
+        return wcs.pixel_to_world(np.asarray(x), np.asarray(y)).icrs
+    world = wcs.all_pix2world(x, y, 0)
+    lon, lat = (world[axis] * u.deg for axis in (wcs.wcs.lng, wcs.wcs.lat))
+    return SkyCoord(lon, lat, frame=frame).icrs
+
+
+def assert_on_sky(catalog, path, frame, tolerance=1e-5):
+    """Compare with a file's WCS within seconds of arc, right ascensions in 0 to 360 degrees."""
+    assert len(catalog) == 6
+    found = SkyCoord(catalog["ra"], catalog["dec"], unit="deg")
+    expected = sky_of(celestial_wcs(path), catalog["x"], catalog["y"], frame)
+    assert found.separation(expected).arcsec.max() < tolerance
+    assert catalog["ra"].between(0, 360).all()
+
+
+def assert_same_sky(path, other):
+    """Compare the sky positions in two files, on a grid that goes beyond the image."""
+    x, y = np.meshgrid(np.linspace(-20, NX + 20, 13), np.linspace(-20, NY + 20, 11))
+    sky, expected = (celestial_wcs(file).pixel_to_world(x, y) for file in (path, other))
+    assert sky.frame.is_equivalent_frame(expected.frame)
+    assert sky.separation(expected).deg.max() < 1e-9
+
+
+def positions(path, plane=None):
+    """Return some pixels of an image, with the sky positions that the tool gives them."""
+    x, y = np.array([(12, 9), (40, 30), (80.3, 60.7), (120, 100), (140.5, 20.5), (30, 95)]).T
+    origin, _ = read_image(path, plane=plane)
+    ra, dec = sky_positions(origin.wcs, x, y)
+    return pd.DataFrame({"x": x, "y": y, "ra": ra, "dec": dec})
+
+
+NUMBER = r"(-?\d+\.\d+(?:e-\d+)?)"
+ELLIPSE = re.compile(
+    rf'ellipse\({NUMBER},{NUMBER},{NUMBER}("?),{NUMBER}("?),{NUMBER}\) # text={{(\d+)}}'
+)
+
+
+def read_regions(path, system):
+    """Return the numbers and labels of the ellipses of a region file in this system."""
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# Region file format: DS9")
+    shapes = lines[lines.index(system) + 1 :]
+    found = [ELLIPSE.fullmatch(line) for line in shapes]
+    assert all(found), shapes
+    seconds = '"' if system == "icrs" else ""
+    assert all(match.group(4, 6) == (seconds, seconds) for match in found)
+    return np.array([match.group(1, 2, 3, 5, 7, 8) for match in found], dtype=float)
+
+
+def assert_ellipses_lie_on_the_sources(catalog, regions, wcs, tolerance):
+    """Turn sky ellipses into pixels by DS9's rule: angles count from west through north."""
+    ra, dec, major, minor, angle, label = regions.T
+    assert list(label) == list(catalog["id"])
+    centre = SkyCoord(ra, dec, unit="deg")
+    x, y, theta = (catalog[name].to_numpy() for name in ("x", "y", "theta"))
+    assert_allclose(wcs.world_to_pixel(centre), [x, y], atol=tolerance)
+    along = 3 * catalog["a"].to_numpy() * np.array([np.cos(theta), np.sin(theta)])
+    end = centre.directional_offset_by((angle - 90) * u.deg, major * u.arcsec)
+    reached = np.subtract(wcs.world_to_pixel(end), [x, y])
+    reached *= np.sign(np.sum(reached * along, axis=0))
+    assert_allclose(reached, along, atol=tolerance)
+    side = centre.directional_offset_by(angle * u.deg, minor * u.arcsec)
+    width = np.hypot(*np.subtract(wcs.world_to_pixel(side), [x, y]))
+    assert_allclose(width, 3 * catalog["b"], rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", SKIES)
+def test_positions_products_and_regions_are_right_on_any_sky(run, write, stars, tmp_path, kind):
+    header, frame = SKIES[kind]
+    path, regions = write(stars, **header), tmp_path / "sources.reg"
+    same = "--measure-image", write(stars, "other.fits", **header)  # no cause for a warning
+    result = run(path, "--thresh", 5, "--regions", regions, *same)
+    assert (result.code, result.err) == (0, "")
+    assert_on_sky(result.catalog, path, frame)
+    for product in ("background", "rms", "segmentation"):
+        assert_same_sky(result.directory / f"{product}.fits", path)
+    wcs = celestial_wcs(path)
+    assert wcs.pixel_to_world(0, 0).frame.is_equivalent_frame(frame)
+    shapes = read_regions(regions, "icrs")
+    assert_ellipses_lie_on_the_sources(result.catalog, shapes, wcs, tolerance=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-2], ids=["3.6 uas", "36 arcsec"])
+def test_sky_ellipses_are_precise_at_any_scale(run, write, stars, tmp_path, scale):
+    path = write(stars, **cards("RA---SIN", "DEC--SIN", scale=scale))
+    catalog = run(path, "--thresh", 5, "--regions", tmp_path / "sources.reg").catalog
+    shapes = read_regions(tmp_path / "sources.reg", "icrs")
+    assert_ellipses_lie_on_the_sources(catalog, shapes, celestial_wcs(path), tolerance=0.02)
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (cards("GLON-TAN", "GLAT-TAN", CRVAL1=0.0, CRVAL2=0.0), (266.40499, -28.93617)),
+        (cards(RADESYS="FK4", EQUINOX=1950.0, CRVAL1=192.25, CRVAL2=27.4), (192.85948, 27.12825)),
+    ],
+    ids=["galactic centre", "north galactic pole of 1950"],
+)
+def test_landmarks_of_the_sky_are_where_the_books_say(write, stars, header, expected):
+    place = positions(write(stars, **header | {"CRPIX1": 81.3, "CRPIX2": 61.7})).iloc[2]
+    assert_allclose(place[["ra", "dec"]].astype(float), expected, atol=1e-4)
+
+
+def test_lookup_table_distortion_counts_and_is_kept(run, tmp_path, stars):
+    path = tmp_path / "distorted.fits"
+    distorted(stars).writeto(path)
+    result = run(path, "--thresh", 5)
+    catalog = result.catalog
+    assert_on_sky(catalog, path, ICRS())
+    plain = sky_of(WCS(fits.Header(cards())), catalog["x"], catalog["y"])
+    found = SkyCoord(catalog["ra"], catalog["dec"], unit="deg")
+    assert plain.separation(found).arcsec.max() > 0.01
+    assert_same_sky(result.directory / "background.fits", path)
+    with fits.open(result.directory / "segmentation.fits") as written:
+        written.verify("exception")
+        assert "CPDIS1" in written[0].header
+
+
+def test_a_radio_image_of_four_axes_keeps_its_two_celestial_ones(run, write, stars):
+    path = write(stars[np.newaxis, np.newaxis], **RADIO)
+    result = run(path, "--thresh", 5)
+    assert_on_sky(result.catalog, path, J2000)
+    background = result.directory / "background.fits"
+    assert fits.getheader(background)["WCSAXES"] == 2
+    assert_same_sky(background, path)
+
+
+# Cubes
+
+VELOCITY = {"CTYPE": "VELO-LSR", "CUNIT": "m/s", "CRVAL": 3e4, "CRPIX": 2.0, "CDELT": 1300.0}
+STOKES = {"CTYPE": "STOKES", "CRVAL": 1.0, "CRPIX": 1.0, "CDELT": 1.0}
+RA = {"CTYPE": "RA---SIN", "CUNIT": "deg", "CRVAL": 83.6, "CRPIX": 70.5, "CDELT": -1e-3}
+DEC = {"CTYPE": "DEC--SIN", "CUNIT": "deg", "CRVAL": 22.0, "CRPIX": 50.5, "CDELT": 1e-3}
+LENGTHS = {"VELO-LSR": 3, "STOKES": 2}
+
+
+@pytest.mark.filterwarnings("ignore::astropy.wcs.FITSFixedWarning")
+@pytest.mark.parametrize(
+    "order",
+    [
+        *([RA, DEC, VELOCITY], [VELOCITY, RA, DEC], [RA, VELOCITY, DEC], [DEC, VELOCITY, RA]),
+        *([DEC, RA, VELOCITY], [STOKES, VELOCITY, RA, DEC], [RA, STOKES, DEC, VELOCITY]),
+    ],
+    ids=lambda order: "-".join(axis["CTYPE"][:2] for axis in order),
+)
+def test_the_plane_of_a_cube_is_that_of_the_sky_in_any_order_of_axes(run, write, stars, order):
+    header = fits.Header({f"{k}{n}": v for n, axis in enumerate(order, 1) for k, v in axis.items()})
+    names = [axis["CTYPE"] for axis in order[::-1]]
+    ra_first = names.index("DEC--SIN") < names.index("RA---SIN")
+    image = stars if ra_first else np.ascontiguousarray(stars.T)
+    others = [LENGTHS[name] for name in names if name in LENGTHS]
+    where = np.unravel_index(1, others)
+    cube = np.zeros((*others, *image.shape), np.float32)
+    cube[where] = image
+    sky = sorted([names.index("RA---SIN"), names.index("DEC--SIN")])
+    path = write(np.ascontiguousarray(np.moveaxis(cube, (-2, -1), sky)), **header)
+    assert np.array_equal(read_image(path, plane=1)[1], image)
+    result = run(path, "--plane", 1, "--thresh", 5)
+    assert (result.code, result.err) == (0, "")
+    catalog = result.catalog
+    # Where the whole WCS puts the pixel of that plane.
+    pixel = [None] * len(names)
+    for axis, at in zip((a for a in range(len(names)) if a not in sky), where, strict=True):
+        pixel[axis] = np.full(len(catalog), at)
+    pixel[sky[0]], pixel[sky[1]] = catalog["y"].to_numpy(), catalog["x"].to_numpy()
+    whole = WCS(header)
+    world = whole.all_pix2world(*pixel[::-1], 0)
+    expected = SkyCoord(*(world[axis] * u.deg for axis in (whole.wcs.lng, whole.wcs.lat)))
+    found = SkyCoord(catalog["ra"], catalog["dec"], unit="deg")
+    assert found.separation(expected).arcsec.max() < 1e-5
+    assert_on_sky(catalog, result.directory / "segmentation.fits", None)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint64])
+def test_a_compressed_cube_is_cut_alike(tmp_path, dtype):
+    header = fits.Header({"CTYPE1": "VELO", "CTYPE2": "RA---TAN", "CTYPE3": "DEC--TAN"})
+    cube = np.arange(20 * 24 * 5).reshape(20, 24, 5).astype(dtype)
+    packed = fits.CompImageHDU(cube, header, compression_type="GZIP_2", tile_shape=(4, 6, 5))
+    packed.writeto(tmp_path / "cube.fits")
+    _, pixels = read_image(tmp_path / "cube.fits", plane=3)
+    assert np.array_equal(pixels, cube[:, :, 3])
+
+
+def test_a_spectrum_along_a_slit_is_a_plane_as_it_is_stored(write, stars):
+    axes = {"CTYPE1": "WAVE", "CTYPE2": "RA---TAN", "CTYPE3": "DEC--TAN", "CDELT2": 0.1}
+    origin, pixels = read_image(write(stars[np.newaxis], **axes))
+    assert origin.wcs is None
+    assert np.array_equal(pixels, stars)
+
+
+@pytest.mark.parametrize(
+    ("kind", "third"),
+    [
+        ("SIP", {}),
+        ("SIP with its inverse", {"CTYPE3": "RGB"}),
+        ("SIP", {"CTYPE3": "FREQ", "CRVAL3": 1e9}),
+    ],
+)
+def test_planes_of_a_distorted_cube_have_the_positions_of_the_image(run, write, stars, third, kind):
+    header, frame = SKIES[kind]
+    flat = write(stars, "flat.fits", **header)
+    result = run(write(np.stack([stars] * 3), **header, **third), "--plane", 2, "--thresh", 5)
+    assert (result.code, result.err) == (0, "")
+    for path in (flat, result.directory / "background.fits"):
+        assert_on_sky(result.catalog, path, frame)
+
+
+# Distortions
+
+SCAMP = {f"PV{i}_{j}": 1e-2 / (i + j) for i in (1, 2) for j in (0, 4, 5, 6)} | {
+    **{"PV1_1": 1.01, "PV2_1": 0.99}
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "cards_", "planes", "told"),
+    [
+        ("TAN-SIP", SIP | SCAMP, (2,), "SIP is taken, PV ignored"),
+        ("TPV", SIP | SCAMP, (), "PV is taken, SIP ignored"),
+        ("TAN", SIP | SCAMP, (1,), "PV is taken, SIP ignored"),
+        ("TAN", SIP, (), "SIP is applied, though CTYPE lacks -SIP"),
+        ("TAN", SIP, (2,), "SIP is applied, though CTYPE lacks -SIP"),
+    ],
+)
+def test_odd_distortions_cost_one_line_and_no_position(
+    run, write, stars, kind, cards_, planes, told
+):
+    header = cards(f"RA---{kind}", f"DEC--{kind}", **cards_)
+    flat = write(stars, "flat.fits", **header)
+    path = write(np.broadcast_to(stars, planes + stars.shape), **header)
+    result = run(path, "--thresh", 5, "--plane", 0)
+    assert re.fullmatch(one_line("warning", f".*{told}.*"), result.err)
+    reports = {"image", "masked", "background", "threshold", "sources"}
+    products = {"rms", "segmentation", "overlay", "catalog", "catalog_fits"}
+    assert {line.split()[0] for line in result.out.splitlines()} == reports | products
+    for file in (flat, result.directory / "background.fits"):
+        assert_on_sky(result.catalog, file, ICRS())
+
+
+def test_sip_is_centred_on_the_axes_of_the_sky(run, write, stars):
+    sky = {"CTYPE": ("RA---TAN-SIP", "DEC--TAN-SIP"), "CRPIX": (80.0, 60.0), "CRVAL": (10.0, 20.0)}
+    sky["CDELT"] = -1e-4, 1e-4
+    flat, header = (
+        {f"{key}{i}": v for key, two in sky.items() for i, v in enumerate(two, n)} for n in (1, 2)
+    )
+    header |= {"CTYPE1": "VELO-LSR", "CDELT1": 1.0, "CRPIX1": 1.0}
+    result = run(write(stars[:, :, np.newaxis], **header, **SIP), "--thresh", 5)
+    for path in (write(stars, "flat.fits", **flat, **SIP), result.directory / "background.fits"):
+        assert_on_sky(result.catalog, path, ICRS())
+
+
+@pytest.mark.parametrize(
+    ("kind", "distortion"),
+    [
+        ("TAN", SCAMP),
+        ("TPV", SCAMP),
+        ("ZPN-SIP", SIP | {"PV2_1": 1.0, "PV2_3": 45.0, "PV2_5": 9.0}),
+    ],
+    ids=["SCAMP before 2012", "SCAMP", "parameters of a projection"],
+)
+def test_a_pv_that_sip_does_not_contradict_is_kept_in_silence(write, stars, told, kind, distortion):
+    path = write(stars, **cards(f"RA---{kind}", f"DEC--{kind}", **distortion))
+    assert_on_sky(positions(path), path, ICRS())
+    assert told == []
+
+
+# What the libraries log of this header is more than a pipe holds that nobody reads.
+TALKATIVE = cards(**SIP)
+
+
+def test_libraries_write_nothing_to_stdout(write, stars, tmp_path):
+    result = start(write(stars, **TALKATIVE), "-q", "-o", tmp_path / "products")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("options", [[], ["-q"]])
+def test_a_reader_of_stdout_that_goes_away_costs_neither_products_nor_positions(
+    write, stars, tmp_path, options
+):
+    path, products = write(stars, **TALKATIVE), tmp_path / "products"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, SCRIPT, path, *options, "-o", products]
+    result = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert "can't be used" not in result.stderr
+    assert {file.name for file in products.iterdir()} == FIVE
+    assert "CTYPE1" in fits.getheader(products / "background.fits")
+
+
+# No positions
+
+
+def test_without_a_wcs_positions_are_nan_and_regions_in_pixels(run, write, stars, tmp_path):
+    other, regions = write(stars, "other.fits"), tmp_path / "sources.reg"
+    result = run(write(stars), "--measure-image", other, "--regions", regions)
+    catalog = result.catalog
+    assert result.err == ""
+    assert catalog[["ra", "dec"]].isna().all(axis=None)
+    header = fits.getheader(result.directory / "background.fits")
+    assert not any(key.startswith(("CTYPE", "CRVAL", "WCS")) for key in header)
+    assert "e-" not in regions.read_text()
+    expected = [catalog["x"] + 1, catalog["y"] + 1, 3 * catalog["a"], 3 * catalog["b"]]
+    expected += [np.degrees(catalog["theta"]), catalog["id"]]  # DS9 counts pixels from 1
+    assert_allclose(read_regions(regions, "image"), np.transpose(expected), atol=1e-3)
+
+
+def test_sources_beyond_the_sky_are_nan_and_the_others_are_not(run, write, stars, tmp_path):
+    header = ALL_SKY | {"CDELT1": -2.2, "CDELT2": 1.5}
+    path, regions = write(stars, **header), tmp_path / "sources.reg"
+    same = "--measure-image", write(stars, "other.fits", **header)
+    result = run(path, "--thresh", 5, "--regions", regions, *same)
+    catalog = result.catalog
+    assert result.err == ""
+    expected = celestial_wcs(path).all_pix2world(catalog["x"], catalog["y"], 0)
+    assert 0 < np.isnan(expected[0]).sum() < 6
+    assert_allclose(catalog[["ra", "dec"]].to_numpy().T, expected)
+    shapes = read_regions(regions, "icrs")
+    assert 0 < len(shapes) <= catalog["ra"].notna().sum()
+    assert np.isfinite(shapes).all()
+
+
+@pytest.mark.parametrize("kind", [*NO_WCS, *NO_ICRS])
+def test_a_broken_wcs_costs_the_positions_and_one_warning(write, stars, told, kind):
+    path = write(stars, **(NO_WCS | NO_ICRS)[kind])
+    assert positions(path)[["ra", "dec"]].isna().all(axis=None)
+    assert (read_image(path)[0].wcs is None) == (kind in NO_WCS)
+    assert len(told) == (2 if kind in NO_WCS else 1)  # one each time that it is read
+    assert all("WCS" in text for text in told)
+
+
+@pytest.mark.parametrize("header", [NO_WCS["singular"], NO_ICRS["frame"]], ids=["none", "no ICRS"])
+def test_with_a_broken_wcs_regions_are_in_pixels(run, write, stars, tmp_path, header):
+    result = run(write(stars, **header), "--regions", tmp_path / "sources.reg")
+    assert (result.code, len(result.catalog)) == (0, 6)
+    assert re.fullmatch(one_line("warning", ".*WCS.*"), result.err)
+    assert result.catalog[["ra", "dec"]].isna().all(axis=None)
+    assert "\nimage\nellipse" in (tmp_path / "sources.reg").read_text()
+    kept = "CTYPE1" in fits.getheader(result.directory / "background.fits")
+    assert kept == (header in NO_ICRS.values())
+
+
+@pytest.mark.parametrize("key", ["CRVAL1", "CRPIX2", "CD1_2"])
+@pytest.mark.parametrize("value", ["1,5", "'1.5'", "nan"])
+def test_a_card_of_the_wcs_that_cannot_be_read_is_named(write, stars, told, key, value):
+    path = write(stars, **cards())
+    card = f"{key:8}= {value}".ljust(80).encode()
+    path.write_bytes(re.sub(rb"%-8b=.{71}" % key.encode(), card, path.read_bytes(), count=1))
+    assert positions(path)[["ra", "dec"]].isna().all(axis=None)
+    (text,) = told
+    assert re.search(f"WCS.*{key} can't be read", text)
+
+
+def test_a_wcs_that_can_not_be_written_is_left_out(tmp_path, stars, told):
+    header = fits.Header(cards())
+    header.append(fits.Card.fromstring("LONPOLE =                1E400"))
+    fits.PrimaryHDU(stars, header).writeto(tmp_path / "image.fits", output_verify="ignore")
+    assert positions(tmp_path / "image.fits")["ra"].isna().all()
+    (text,) = told
+    assert "WCS can't be used and is left out" in text
+
+
+def test_ecliptic_coordinates_are_not_taken_for_equatorial(write, stars, told):
+    assert positions(write(stars, **ECLIPTIC))[["ra", "dec"]].isna().all(axis=None)
+    (text,) = told
+    assert "ELON" in text
+
+
+# Two images
+
+
+def test_the_wcs_comes_from_the_chosen_hdu(run, tmp_path, stars):
+    hdus = [fits.PrimaryHDU(stars, fits.Header(cards(CRVAL1=10.0)))]
+    hdus.append(fits.ImageHDU(stars, fits.Header(cards()), name="SCI"))
+    fits.HDUList(hdus).writeto(tmp_path / "two.fits")
+    fits.PrimaryHDU(hdus[1].data, hdus[1].header).writeto(tmp_path / "one.fits")
+    result = run(tmp_path / "two.fits", "--hdu", "SCI")
+    assert_same_sky(result.directory / "rms.fits", tmp_path / "one.fits")
+
+
+def measured_on(write, image, header):
+    """Read an image, and one of this header to measure on."""
+    path, other = write(image, **cards()), write(image, "other.fits", **header)
+    origin, pixels = read_image(path)
+    read_measure_image(other, None, None, (), origin, pixels.shape)
+
+
+def test_the_same_sky_in_another_frame_is_no_cause_for_a_warning(write, stars, told):
+    centre = SkyCoord(cards()["CRVAL1"], cards()["CRVAL2"], unit="deg").fk5
+    place = {"CRVAL1": centre.ra.deg, "CRVAL2": centre.dec.deg}
+    measured_on(write, stars, cards(RADESYS="FK5", EQUINOX=2000.0, **place))
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("header", "away"),
+    [
+        (cards(CRPIX1=83.12), "up to"),
+        (cards(CRVAL2=-54.35), "up to"),
+        (cards(CD1_1=8.66e-5), "up to"),
+        (cards(RADESYS="FK4"), "up to"),
+        (ECLIPTIC, "an unknown number of"),
+    ],
+    ids=["shift", "pointing", "mirrored", "frame", "ecliptic"],
+)
+def test_another_wcs_costs_a_warning(write, stars, told, header, away):
+    measured_on(write, stars, header)
+    (text,) = told
+    assert re.search(rf"other\.fits.*WCS.* {away} .*pixels away", text)
+
+
+def test_with_another_wcs_the_pixels_are_measured_and_positions_are_the_images(run, write, stars):
+    path, other = write(stars, **cards()), write(stars, "other.fits", **cards(CRPIX1=83.12))
+    plain = run(path, "--thresh", 5).catalog
+    result = run(path, "--thresh", 5, "--measure-image", other)
+    assert re.fullmatch(one_line("warning", r".*other\.fits.*WCS.*"), result.err)
+    assert_allclose(result.catalog, plain)
+    assert_on_sky(result.catalog, path, ICRS())
