@@ -16,10 +16,9 @@ X, Y = grid_positions(SHAPE, 40, seed=3)
 BRIDGED = 256
 
 
-def field(fwhm=3.0, flux=30000.0, noise=1.0):
+def field(fwhm=3.0):
     """Return stars 40 pixels apart on a level of 100."""
-    sources = stars(X, Y, flux, fwhm=fwhm)
-    return simulate(SHAPE, sources, seed=2, level=100.0, noise=noise)[0]
+    return simulate(SHAPE, stars(X, Y, 30000.0, fwhm=fwhm), seed=2, level=100.0)[0]
 
 
 def gaps(kind, width):
@@ -30,8 +29,6 @@ def gaps(kind, width):
         match kind:
             case "column":
                 mask[:, columns] = True
-            case "row":
-                mask[rows] = True
             case "crossing":
                 mask[rows] = mask[:, columns] = True
             case "cluster":
@@ -42,58 +39,51 @@ def gaps(kind, width):
     return mask
 
 
-CASES = [
-    *(("column", width) for width in (1, 2, 3)),
-    *(("row", width) for width in (1, 2, 3)),
-    *(("cluster", width) for width in (1, 2, 3)),
-    *(("crossing", 1), ("diagonal", 1)),
-]
-
-
-def assert_right(found, fwhm_flux, flux_auto):
+def assert_right(found):
     """Demand one row a star, with the flux of one without gaps within 2 %, and its position."""
     catalog = rows_at(found.catalog, X, Y)
     assert len(found.catalog) == len(X)
     assert np.hypot(catalog.xwin - X, catalog.ywin - Y).max() < 0.1
     assert np.hypot(catalog.x - X, catalog.y - Y).max() < 0.1
-    np.testing.assert_allclose(catalog.flux_auto, flux_auto, rtol=fwhm_flux)
+    np.testing.assert_allclose(catalog.flux_auto, 30000, rtol=0.02)
+    assert (catalog.flag == BRIDGED).all()
     return catalog
 
 
 @pytest.mark.parametrize("way", ["nan", "mask", "array_rms", "file", "two passes"])
 def test_a_bad_column_does_not_split_stars_whatever_masks_it(run, write, way):
     image, mask = field(), gaps("column", 1)
-    spoilt = np.where(mask, 7e4, image).astype(np.float32)
+    image[mask] = 7e4 if way in ("mask", "file") else np.nan
     noise = np.where(mask, 0, 1).astype(np.float32)
-    paths = {
+    options = {
+        "nan": (),
         "mask": ("--mask", write(mask.astype(np.uint8), "mask.fits")),
         "file": ("--err-option", "file", "--err-file", write(noise, "noise.fits")),
         "array_rms": ("--err-option", "array_rms"),
         "two passes": ("--background-passes", 2),
-    }
-    if way not in ("mask", "file"):
-        spoilt[mask] = np.nan
-    common = ("--thresh", 5, *paths.get(way, ()))
-    unbridged = run(write(spoilt), *common, "--bridge", 0).catalog
+    }[way]
+    path = write(image)
+    unbridged = run(path, "--thresh", 5, *options, "--bridge", 0).catalog
     assert unbridged.flux_auto.median() < 0.8 * 30000
-    result = run(write(spoilt, "again.fits"), *common)
-    catalog = assert_right(result, 0.02, 30000)
-    assert (catalog.flag == BRIDGED).all()
-    assert (catalog.flag_auto == 0).all()
+    assert (assert_right(run(path, "--thresh", 5, *options)).flag_auto == 0).all()
 
 
-@pytest.mark.parametrize("fwhm", [3.0, 4.0, 6.0])
-@pytest.mark.parametrize(("kind", "width"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "width", "fwhm"),
+    [
+        *(("column", width, fwhm) for width in (1, 2, 3) for fwhm in (3.0, 6.0)),
+        *(("cluster", width, 3.0) for width in (1, 2, 3)),
+        *(("crossing", 1, 4.0), ("diagonal", 1, 3.0), ("diagonal", 1, 6.0)),
+    ],
+)
 def test_flux_and_position_across_gaps_are_right(run, write, kind, width, fwhm):
     image = field(fwhm)
     image[gaps(kind, width)] = np.nan
-    catalog = assert_right(run(write(image), "--thresh", 5), 0.02, 30000)
-    assert (catalog.flag == BRIDGED).all()
+    assert_right(run(write(image), "--thresh", 5))
 
 
 # Where the gap is in a source
 
-FARTHEST = 3.0  # from the middle of a gap to the middle of a source, pixels
 ACROSS = {
     "star of 3": lambda x, y, flux: stars(x, y, flux, fwhm=3.0),
     "star of 4": lambda x, y, flux: stars(x, y, flux, fwhm=4.0),
@@ -105,9 +95,13 @@ ACROSS = {
 }
 
 
-def across_gaps(name, width, flux, number):
-    """Return an image of sources with gaps at all distances, the same without, and the places."""
-    distance = np.arange(-FARTHEST, FARTHEST + 0.1, 0.5)
+def compare(run, write, name, width, flux, number, turned=False):
+    """Measure sources from 3 pixels left to 3 right of gaps, and the same without the gaps.
+
+    Return the fluxes with gaps over those without, in ellipses and in circles, and by how much the
+    positions are off.
+    """
+    distance = np.arange(-3, 3.1, 0.5)
     column = 40 * np.arange(number) + 20
     x = (column - (width % 2 == 0) / 2 + distance[:, None]).ravel()
     y = np.repeat(40 * np.arange(len(distance)) + 20.3, number)
@@ -116,70 +110,55 @@ def across_gaps(name, width, flux, number):
     image = whole.copy()
     for c in column:
         image[:, c - width // 2 : c - width // 2 + width] = np.nan
-    return image, whole, x, y
-
-
-def compare(run, write, image, whole, x, y):
-    """Return flux with gaps over flux without them, and by how much the position is off."""
-    options = "--thresh", 5, "--aperture-diameters", 8
-    catalog = rows_at(run(write(image), *options).catalog, x, y)
-    truth = rows_at(run(write(whole, "whole.fits"), *options).catalog, x, y)
+    if turned:
+        image, whole, x, y = image.T, whole.T, y, x
+    catalog, truth = (
+        rows_at(run(write(i, n), "--thresh", 5, "--aperture-diameters", 8).catalog, x, y)
+        for i, n in ((image, "image.fits"), (whole, "whole.fits"))
+    )
     moved = np.hypot(catalog.xwin - truth.xwin, catalog.ywin - truth.ywin)
     return catalog.flux_auto / truth.flux_auto, catalog.flux_aper_8 / truth.flux_aper_8, moved
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("width", [1, 2, 3])
-@pytest.mark.parametrize("name", ["star of 3", "star of 4", "star of 10"])
-def test_a_bright_star_is_right_wherever_the_gap_is(run, write, name, width, turned):
-    image, whole, x, y = across_gaps(name, width, 1e5, 1)
-    if turned:
-        image, whole, x, y = image.T, whole.T, y, x
-    flux, _, moved = compare(run, write, image, whole, x, y)
-    np.testing.assert_allclose(flux, 1, rtol=0.02)
-    assert moved.max() < 0.1
-
-
 @pytest.mark.parametrize(
-    ("name", "width", "tolerance", "shift"),
+    ("name", "width", "flux", "turned", "tolerance", "shift"),
     [
-        ("galaxy", 1, 0.02, 0.1),
-        ("galaxy", 2, 0.02, 0.1),
-        ("galaxy", 3, 0.04, 0.1),
-        ("large galaxy", 1, 0.02, 0.1),
-        ("large galaxy", 2, 0.02, 0.1),
-        ("large galaxy", 3, 0.03, 0.12),
-        ("winged star", 1, 0.02, 0.1),
-        ("winged star", 2, 0.03, 0.1),
-        ("winged star", 3, 0.06, 0.2),
+        *(("star of 3", width, 1e5, True, 0.02, 0.1) for width in (1, 2, 3)),
+        *(("star of 4", width, 1e5, False, 0.02, 0.1) for width in (1, 2, 3)),
+        *(("star of 10", width, 1e5, False, 0.02, 0.1) for width in (1, 3)),
+        ("galaxy", 1, 1e6, False, 0.02, 0.1),
+        ("galaxy", 2, 1e6, False, 0.02, 0.1),
+        ("galaxy", 3, 1e6, False, 0.04, 0.1),
+        ("large galaxy", 2, 1e6, False, 0.02, 0.1),
+        ("large galaxy", 3, 1e6, False, 0.03, 0.12),
+        ("winged star", 1, 1e6, False, 0.02, 0.1),
+        ("winged star", 2, 1e6, False, 0.03, 0.1),
+        ("winged star", 3, 1e6, False, 0.06, 0.2),
     ],
 )
-def test_a_source_that_is_no_gaussian_is_nearly_right(run, write, name, width, tolerance, shift):
-    flux, _, moved = compare(run, write, *across_gaps(name, width, 1e6, 1))
-    np.testing.assert_allclose(flux, 1, rtol=tolerance)
+def test_a_source_is_right_wherever_the_gap_is(
+    run, write, name, width, flux, turned, tolerance, shift
+):
+    ratio, _, moved = compare(run, write, name, width, flux, 1, turned)
+    np.testing.assert_allclose(ratio, 1, rtol=tolerance)
     assert moved.max() < shift
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 3])
 def test_a_gap_between_close_stars_spoils_neither(run, write, width):
-    _, flux, moved = compare(run, write, *across_gaps("two stars", width, 1e5, 1))
-    np.testing.assert_allclose(flux, 1, rtol=0.02)
+    _, ratio, moved = compare(run, write, "two stars", width, 1e5, 1)
+    np.testing.assert_allclose(ratio, 1, rtol=0.02)
     assert moved.max() < 0.1
 
 
 @pytest.mark.parametrize(
     ("name", "width", "sky_pixels"),
-    [
-        *(("star of 3", width, 4.5) for width in (1, 2)),
-        *(("star of 4", width, 6.0) for width in (1, 2, 3)),
-        *(("star of 10", width, 15.0) for width in (1, 2, 3)),
-        *(("galaxy", width, 6.4) for width in (1, 2)),
-    ],
+    [("star of 3", 2, 4.5), ("star of 4", 3, 6.0), ("star of 10", 3, 15.0), ("galaxy", 2, 6.4)],
 )
 def test_noise_does_not_bias_the_flux(run, write, name, width, sky_pixels):
     """At S/N 100; `sky_pixels` is the root of the number of pixels whose noise counts."""
-    flux, _, moved = compare(run, write, *across_gaps(name, width, 100 * sky_pixels, 8))
-    assert flux.mean() == pytest.approx(1, abs=0.02)
+    ratio, _, moved = compare(run, write, name, width, 100 * sky_pixels, 8)
+    assert ratio.mean() == pytest.approx(1, abs=0.02)
     assert np.sqrt((moved**2).mean()) < 0.2
 
 
@@ -194,24 +173,30 @@ def test_only_objects_on_a_gap_are_flagged(run, write):
 def test_a_gap_in_the_image_to_measure_is_bridged_and_flagged_too(run, write):
     image, other = field(), field()
     other[gaps("column", 1)] = np.nan
-    result = run(write(image), "--thresh", 5, "--measure-image", write(other, "other.fits"))
-    catalog = assert_right(result, 0.02, 30000)
-    assert (catalog.flag == BRIDGED).all()
+    assert_right(run(write(image), "--thresh", 5, "--measure-image", write(other, "other.fits")))
 
 
 def test_gaps_in_the_sky_make_no_sources(run, write):
     sky = np.random.default_rng(5).normal(100, 1, (300, 300)).astype(np.float32)
-    sky[:, 20::20] = np.nan
-    sky[:, 41::20] = np.nan
+    sky[:, 20::20] = sky[:, 41::20] = np.nan
     assert len(run(write(sky), "--thresh", 2).catalog) == 0
 
 
-def test_the_background_does_not_see_bridged_pixels(run, write):
-    image, mask = field(), gaps("column", 3)
-    image[mask] = np.nan
-    with_bridges = run(write(image)).image("background")
-    without = run(write(image, "again.fits"), "--bridge", 0).image("background")
+def test_no_peak_is_invented_between_hot_rims(run, write):
+    sky = np.random.default_rng(5).normal(100, 1, (200, 200)).astype(np.float32)
+    sky[90:96, 99] = sky[90:96, 103] = 300
+    sky[:, 100:103] = np.nan
+    assert run(write(sky), "--thresh", 5).catalog.peak.max() < 6 * 200
+
+
+def test_the_subtracted_image_has_bridged_pixels_and_the_background_does_not(run, write, tmp_path):
+    image = field()
+    image[gaps("column", 3)] = np.nan
+    path, subtracted = write(image), tmp_path / "subtracted.fits"
+    with_bridges = run(path, "--subtracted", subtracted).image("background")
+    without = run(path, "--bridge", 0).image("background")
     np.testing.assert_array_equal(with_bridges, without)
+    assert np.isfinite(fits.getdata(subtracted)).all()
 
 
 # Which masks are narrow
@@ -229,31 +214,31 @@ def bridged(excluded, widest=3, image=None, noise=1.0):
     return excluded & ~mask, image
 
 
-def shape_of(*parts):
+def mask_of(*parts):
     mask = np.zeros((40, 50), bool)
     for part in parts:
         mask[part] = True
     return mask
 
 
-COLUMN, ROW = np.s_[:, 20], np.s_[15, :]
+COLUMN = np.s_[:, 20]
 NARROW = {
-    "pixel": shape_of(np.s_[5, 5]),
-    "cluster": shape_of(np.s_[5:8, 5:8]),
-    "column": shape_of(np.s_[:, 20:23]),
-    "row": shape_of(np.s_[11:14]),
-    "short column": shape_of(np.s_[10:30, 20]),
-    "crossing": shape_of(COLUMN, ROW),
-    "wide crossing": shape_of(np.s_[:, 20:23], np.s_[11:14]),
-    "dead end": shape_of(COLUMN, np.s_[15, 20:]),
+    "pixel": mask_of(np.s_[5, 5]),
+    "cluster": mask_of(np.s_[5:8, 5:8]),
+    "column": mask_of(np.s_[:, 20:23]),
+    "row": mask_of(np.s_[11:14]),
+    "short column": mask_of(np.s_[10:30, 20]),
+    "crossing": mask_of(COLUMN, np.s_[15, :]),
+    "wide crossing": mask_of(np.s_[:, 20:23], np.s_[11:14]),
+    "dead end": mask_of(COLUMN, np.s_[15, 20:]),
     "diagonal": np.eye(40, 50, dtype=bool)[:, ::-1] & (np.indices((40, 50)).min(axis=0) > 0),
 }
-disc = np.hypot(*(np.indices((40, 50)) - 20))
+distance = np.hypot(*(np.indices((40, 50)) - 20))
 WIDE = {
-    "box": shape_of(np.s_[5:9, 5:9]),
-    **{f"disc of {radius}": disc < radius for radius in (2.9, 5, 8.1, 10.5, 15)},
-    "border": shape_of(np.s_[:, :2], np.s_[:2], np.s_[:, -2:], np.s_[-3:]),
-    "corner": shape_of(np.s_[0, 0], np.s_[-1, -1]),
+    "box": mask_of(np.s_[5:9, 5:9]),
+    **{f"disc of {radius}": distance < radius for radius in (2.9, 5, 8.1, 10.5, 15)},
+    "border": mask_of(np.s_[:, :2], np.s_[:2], np.s_[:, -2:], np.s_[-3:]),
+    "corner": mask_of(np.s_[0, 0], np.s_[-1, -1]),
     "all": np.ones((40, 50), bool),
 }
 
@@ -274,53 +259,33 @@ def test_wide_masks_stay_whole(name):
     assert not bridged(WIDE[name].copy())[0].any()
 
 
-@pytest.mark.parametrize(
-    ("widest", "widths"), [(0, []), (1, [1]), (3, [1, 2, 3]), (5, range(1, 6))]
-)
-def test_the_option_says_how_wide_a_gap_may_be(widest, widths):
+@pytest.mark.parametrize("widest", [0, 1, 3, 5])
+def test_the_option_says_how_wide_a_gap_may_be(widest):
     for width in range(1, 8):
-        found, _ = bridged(shape_of(np.s_[:, 20 : 20 + width]), widest)
-        assert found.any() == (width in widths)
+        found, _ = bridged(mask_of(np.s_[:, 20 : 20 + width]), widest)
+        assert found.any() == (width <= widest)
 
 
 def test_a_bad_column_ends_at_a_wide_mask():
-    mask = shape_of(COLUMN, np.s_[10:20, 15:25])
-    found, _ = bridged(mask)
-    expected = shape_of(COLUMN)
+    found, _ = bridged(mask_of(COLUMN, np.s_[10:20, 15:25]))
+    expected = mask_of(COLUMN)
     expected[9:21] = False
     np.testing.assert_array_equal(found, expected)
 
 
 def test_the_shorter_direction_counts():
     image = np.tile(np.arange(50.0) ** 2, (40, 1)).astype(np.float32)
-    mask = shape_of(np.s_[10, 20:23])
-    _, image = bridged(mask, image=image)
+    _, image = bridged(mask_of(np.s_[10, 20:23]), image=image)
     np.testing.assert_allclose(image[10, 20:23], np.arange(20.0, 23) ** 2)
 
 
 def test_the_noise_of_a_bridged_pixel_is_interpolated():
     noise = np.tile(np.linspace(1, 2, 50), (40, 1)).astype(np.float32)
-    mask = shape_of(np.s_[:, 20:23], np.s_[5:30, 30:40])
+    mask = mask_of(np.s_[:, 20:23], np.s_[5:30, 30:40])
     expected = np.where(mask & (np.arange(50) > 25), 1e30, noise)
     noise[mask] = 1e30
     bridged(mask, noise=noise)
     np.testing.assert_allclose(noise, expected, rtol=1e-6)
-
-
-def test_no_peak_is_invented_between_hot_rims(run, write):
-    sky = np.random.default_rng(5).normal(100, 1, (200, 200)).astype(np.float32)
-    sky[90:96, 99] = sky[90:96, 103] = 300
-    sky[:, 100:103] = np.nan
-    catalog = run(write(sky), "--thresh", 5).catalog
-    assert catalog.peak.max() < 6 * 200
-
-
-def test_bridged_pixels_are_under_the_veil_and_in_the_subtracted_image(run, write, tmp_path):
-    image = field()
-    image[gaps("column", 3)] = np.nan
-    path = tmp_path / "subtracted.fits"
-    run(write(image), "--subtracted", path)
-    assert np.isfinite(fits.getdata(path)).all()
 
 
 def test_nothing_beyond_the_edge_is_taken_for_data():
@@ -344,8 +309,7 @@ def holes():
     return mask
 
 
-@pytest.mark.parametrize("widest", [1, 3, 5])
-@pytest.mark.parametrize("portion", [50, 7000])
+@pytest.mark.parametrize(("portion", "widest"), [(50, 3), (7000, 5)])
 def test_portions_change_nothing_but_roundings(monkeypatch, portion, widest):
     mask, bridges = holes(), []
     for pixels in (portion, mask.size):

@@ -82,46 +82,30 @@ def test_some_calls_end_the_interpreter(call, fatal, image, tmp_path):
 # Arrays
 
 
-@pytest.mark.parametrize("dtype", ["i1", "i2", "u2", "u4", "i8", "u8", "f2", ">f4"])
+@pytest.mark.parametrize("dtype", ["i1", "u2", "i8", "f2", ">f4"])
 def test_many_types_are_refused(image, dtype):
     other = np.clip(image, 0, 100).astype(dtype)
-    for call in (
-        lambda: sep.Background(other),
-        lambda: sep.extract(other, 3),
-        lambda: sep.Background(image, mask=other),
-    ):
-        with pytest.raises(ValueError, match=r"dtype|byte order"):
-            call()
+    with pytest.raises(ValueError, match=r"dtype|byte order"):
+        sep.Background(other)
+    with pytest.raises(ValueError, match=r"dtype|byte order"):
+        sep.extract(other, 3)
 
 
 def test_layouts_are_refused(image):
-    for other in (image[:, ::2], image.T):
-        with pytest.raises(ValueError, match="not C-contiguous"):
-            sep.extract(other, 3)
+    with pytest.raises(ValueError, match="not C-contiguous"):
+        sep.extract(image.T, 3)
     with pytest.raises(ValueError, match="reshape"):
         sep.Background(np.ma.masked_greater(image, 3))
 
 
-@pytest.mark.parametrize("level", [1000, -1000])
-def test_the_background_of_int32_is_rounded(white, level):
-    counts = np.rint(level + 10 * white).astype(np.int32)
+def test_the_background_of_int32_is_rounded(white):
+    counts = np.rint(1000 + 10 * white).astype(np.int32)
     whole, exact = sep.Background(counts), sep.Background(counts.astype(np.float64))
-    assert whole.back().dtype == whole.rms().dtype == np.int32
-    np.testing.assert_array_equal(whole.back(), np.trunc(exact.back() + 0.5))
-    np.testing.assert_array_equal(whole.rms(), np.trunc(exact.rms() + 0.5))
-    wrong = whole.back() != np.rint(exact.back())
-    assert (wrong.mean() > 0.9) == (level < 0)
+    np.testing.assert_array_equal(whole.back(), np.rint(exact.back()))
+    np.testing.assert_array_equal(whole.rms(), np.rint(exact.rms()))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, bool])
-def test_bytes_have_a_background_of_another_type_only(image, dtype):
-    background = sep.Background(np.clip(image, 0, 255).astype(dtype))
-    with pytest.raises(Exception, match="dtype not recognized"):
-        background.back()
-    assert background.back(dtype=np.float32).any()
-
-
-def test_nan_spoils_fluxes_without_a_flag(image):
+def test_nan_and_infinity_spoil_results_without_a_flag(image):
     clean = nearest_in_x(sep.extract(image, 3), 30)
     image[40, 31] = np.nan
     spoilt = nearest_in_x(sep.extract(image, 3), 30)
@@ -130,14 +114,8 @@ def test_nan_spoils_fluxes_without_a_flag(image):
     flux, _, flag = sep.sum_circle(image, [30], [40], 5)
     assert np.isnan(flux)
     assert flag == 0
-
-
-def test_infinity_spoils_background_and_fluxes_without_a_flag(image):
     image[40, 31] = np.inf
     assert not np.isfinite(sep.Background(image).back()).any()
-    spoilt = sep.extract(image, 3)
-    assert np.inf in spoilt["flux"]
-    assert not spoilt["flag"].any()
 
 
 def test_nan_in_a_mask_is_masked_for_the_background_only(image):
@@ -145,24 +123,16 @@ def test_nan_in_a_mask_is_masked_for_the_background_only(image):
     mask[30:50, 20:40] = np.nan
     assert len(sep.extract(image, 3, mask=mask)) == 3
     assert len(sep.extract(image, 3, mask=np.isnan(mask))) == 2
-    none, number, boolean = (
-        sep.Background(image, mask=m, bw=40, bh=50).back() for m in (None, mask, np.isnan(mask))
-    )
-    np.testing.assert_array_equal(number, boolean)
-    assert (number != none).any()
+    levels = [sep.Background(image, mask=m, bw=40, bh=50).back() for m in (mask, np.isnan(mask))]
+    np.testing.assert_array_equal(*levels)
 
 
-def test_squares_of_large_values_overflow(image):
-    image[60, 80] = 1e38
-    spoilt = nearest_in_x(sep.extract(image, 3), 80)
-    assert spoilt["x2"] == np.inf
-    assert np.isnan([spoilt["a"], spoilt["cxx"]]).all()
-
-
-def test_squares_of_tiny_noise_vanish(image):
+def test_squares_of_large_values_overflow_and_those_of_tiny_noise_vanish(image):
     tiny = image * np.float32(1e-20)
     assert len(sep.extract(tiny, 3, err=1e-20)) == 3
     assert len(sep.extract(tiny, 3, err=np.full_like(tiny, 1e-20))) == 0
+    image[60, 80] = 1e38
+    assert np.isnan(nearest_in_x(sep.extract(image, 3), 80)["a"])
 
 
 def test_noise_on_a_pedestal_is_wrong(image):
@@ -182,56 +152,45 @@ def test_where_too_much_is_masked_the_level_is_0_and_the_noise_1(white, masked):
     assert (background.rms() == 1).all()
 
 
-def test_the_noise_of_a_constant_image_is_1():
+def test_the_global_noise_of_a_constant_image_is_1():
     background = sep.Background(np.full((100, 120), 7, np.float32))
     assert (background.globalback, background.globalrms) == (7, 1)
     assert not background.rms().any()
 
 
-@pytest.mark.parametrize(("given", "taken"), [(0, 1), (2, 3), (4, 5)])
-def test_a_median_filter_is_of_the_next_odd_size(white, given, taken):
-    maps = [sep.Background(white, bw=20, bh=20, fw=n, fh=n).back() for n in (given, taken, 7)]
-    np.testing.assert_array_equal(maps[0], maps[1])
-    assert (maps[0] != maps[2]).any()
+def test_a_median_filter_is_of_the_next_odd_size(white):
+    two, three = (sep.Background(white, bw=20, bh=20, fw=n, fh=n).back() for n in (2, 3))
+    np.testing.assert_array_equal(two, three)
 
 
 def test_memory_is_taken_for_whole_boxes(image):
-    mask = image > 50
     with pytest.raises(MemoryError):
-        sep.Background(image, mask=mask, bw=10**9, bh=10**9)
-    assert sep.Background(image, mask=mask, bw=120, bh=100).globalrms > 0
+        sep.Background(image, mask=image > 50, bw=10**9, bh=10**9)
 
 
-@pytest.mark.parametrize("quantum", [1, 0.25])
-def test_the_level_of_whole_numbers_is_wrong(white, quantum):
+def test_the_level_of_whole_numbers_is_wrong(white):
     sky = np.float32(100.3) + 2 * white
-    whole, exact = (sep.Background(quantum * i).back().mean() for i in (np.rint(sky), sky))
-    assert exact / quantum == pytest.approx(100.3, abs=0.01)
-    assert whole / quantum == pytest.approx(99.6, abs=0.05)
+    whole, exact = (sep.Background(i).back().mean() for i in (np.rint(sky), sky))
+    assert (whole, exact) == (pytest.approx(99.6, abs=0.05), pytest.approx(100.3, abs=0.01))
     assert sep.Background(counts_of(10.6)).back().mean() - 10.6 == pytest.approx(-1.3, abs=0.1)
 
 
-@pytest.mark.parametrize("rate", [2.5, 10.6, 50])
-def test_the_level_of_photons_is_their_mode(white, rate):
+def test_the_level_of_photons_is_their_mode(white):
     spread = np.random.default_rng(2).uniform(-0.5, 0.5, white.shape).astype(np.float32)
-    level = sep.Background(counts_of(rate) + spread).back().mean()
-    assert level - rate == pytest.approx(-0.4, abs=0.1)
+    assert sep.Background(counts_of(50) + spread).back().mean() == pytest.approx(49.6, abs=0.1)
 
 
-@pytest.mark.parametrize("rate", [0.03, 0.6])
-def test_sources_are_found_in_sparse_photons(rate):
-    background = sep.Background(counts := counts_of(rate))
+def test_sources_are_found_in_sparse_photons():
+    background = sep.Background(counts := counts_of(0.1))
     light, noise = counts - background.back(), background.globalrms
     assert len(sep.extract(light, 1.5, err=noise, filter_kernel=KERNEL)) > 200
 
 
-@pytest.mark.parametrize(("sigma", "kept"), [(20, 0.97), (40, 0.78), (100, 0.13)])
-def test_a_large_source_is_taken_for_the_background(white, sigma, kept):
-    light = star(white.shape, 250, 250, 10, sigma)
-    background = sep.Background((white + light).astype(np.float32))
-    inside = light > 0.1
+def test_a_large_source_is_taken_for_the_background(white):
+    light = star(white.shape, 250, 250, 10, sigma=100)
+    background, inside = sep.Background((white + light).astype(np.float32)), light > 0.1
     found = (light + white - background.back())[inside].sum()
-    assert found / light[inside].sum() == pytest.approx(kept, abs=0.02)
+    assert found / light[inside].sum() == pytest.approx(0.13, abs=0.02)
 
 
 def test_rms_may_be_below_zero(white):
@@ -257,12 +216,12 @@ def test_a_useless_kernel_finds_nothing(image):
         assert len(sep.extract(image, 3, filter_kernel=kernel)) == count
 
 
-@pytest.mark.parametrize(("size", "shift"), [(2, 0.5), (3, 0), (4, 0.5)])
-def test_an_even_kernel_shifts_sources(image, size, shift):
-    objects = sep.extract(image, 3, filter_kernel=np.ones((size, size), np.float32))
-    for x, y in STARS:
-        found = nearest_in_x(objects, x)
-        assert (found["x"] - x, found["y"] - y) == pytest.approx((shift, shift), abs=0.1)
+def test_an_even_kernel_shifts_sources(image):
+    for size, shift in ((2, 0.5), (3, 0)):
+        objects = sep.extract(image, 3, filter_kernel=np.ones((size, size), np.float32))
+        for x, y in STARS:
+            found = nearest_in_x(objects, x)
+            assert (found["x"] - x, found["y"] - y) == pytest.approx((shift, shift), abs=0.1)
 
 
 def test_the_first_rows_are_filtered_without_the_mask(white):
@@ -275,24 +234,17 @@ def test_the_first_rows_are_filtered_without_the_mask(white):
     assert len(sep.extract(white, 5, mask=mask)) == 0
 
 
-def test_pixels_run_out(limits):
-    bright = np.full((550, 550), 10, np.float32)
+def test_pixels_and_sub_objects_run_out(limits):
+    peaks = np.full((550, 550), 10, np.float32)
+    peaks[:100:3, :100:3] = 60
+    options = {"minarea": 1, "deblend_cont": 0, "clean": False, "filter_kernel": None}
     sep.set_extract_pixstack(300_000)
     with pytest.raises(Exception, match="internal pixel buffer full"):
-        sep.extract(bright, 3, deblend_nthresh=1)
-    sep.set_extract_pixstack(bright.size + 2)
-    assert len(sep.extract(bright, 3, deblend_nthresh=1)) == 1
-
-
-def test_sub_objects_run_out(limits):
-    peaks = np.full((100, 100), 10, np.float32)
-    peaks[::3, ::3] = 60
-    options = {"minarea": 1, "deblend_cont": 0, "clean": False, "filter_kernel": None}
+        sep.extract(peaks, 3, **options)
+    sep.set_extract_pixstack(peaks.size + 2)
     sep.set_sub_object_limit(1024)
     with pytest.raises(Exception, match="object deblending overflow"):
-        sep.extract(peaks, 3, **options)
-    sep.set_sub_object_limit(32767)
-    assert len(sep.extract(peaks, 3, **options)) == 34**2
+        sep.extract(peaks[:100, :100].copy(), 3, **options)
 
 
 def test_the_filter_type_is_ignored_with_noise_as_a_scalar(white):
