@@ -16,103 +16,105 @@ from sky import simulate, vstack
 from sky import stars as star_table
 
 SETTINGS = source_extractor.PhotometrySettings(aperture_diameters=(6.0,))
-
-
 PHOTOMETRY = ["kron_radius", "flux_auto", "fluxerr_auto", "flux_radius", "xwin", "ywin"]
-
-
-def measure(field, objects, segmentation, settings=SETTINGS):
-    found = source_extractor.Detections(objects, segmentation)
-    return pd.DataFrame(source_extractor.measure(field, field, found, settings))
 
 
 @pytest.fixture(scope="module")
 def found(crowded):
-    """Return the crowded sky as a Field, and what was detected in it."""
+    """Return the crowded sky as a Field, what was detected in it, and its measurements."""
     field = field_of(crowded)
-    detections = source_extractor.find_sources(field)
-    return SimpleNamespace(
-        field=field,
-        objects=detections.objects,
-        segmentation=detections.segmentation,
-        reference=measure(field, detections.objects, detections.segmentation),
-    )
+    objects, labels = source_extractor.find_sources(field)
+    reference = measure(field, objects, labels)
+    return SimpleNamespace(field=field, objects=objects, labels=labels, reference=reference)
+
+
+def measure(field, objects, labels):
+    found = source_extractor.Detections(objects, labels)
+    return pd.DataFrame(source_extractor.measure(field, field, found, SETTINGS))
+
+
+def measure_other(found, objects=None, **arrays):
+    """Measure with other objects, or with other arrays in the Field."""
+    objects = found.objects if objects is None else objects
+    return measure(replace(found.field, **arrays), objects, found.labels)
+
+
+def reshaped(found, **shape):
+    """Return the objects, one of them with other values."""
+    objects = found.objects.copy()
+    for name, value in shape.items():
+        objects[name][3] = value
+    return objects
+
+
+def masked(found, mask, under=0):
+    """Return arrays for the Field: a mask, and the image with a value under it."""
+    residual = np.where(mask, np.float32(under), found.field.residual)
+    return {"mask": mask, "excluded": mask, "residual": residual}
+
+
+def box_of(found):
+    mask = np.zeros(found.labels.shape, bool)
+    mask[50:70, 60:120] = True
+    return mask
 
 
 def assert_same_rows(one, other, rows):
     pd.testing.assert_frame_equal(one[rows], other[rows], check_exact=True)
 
 
-BAD_SHAPES = {
-    "a nan": {"a": np.nan},
-    "a and b nan": {"a": np.nan, "b": np.nan},
-    "theta nan": {"theta": np.nan},
-    "x nan": {"x": np.nan},
-    "a infinite": {"a": np.inf},
-    "b zero": {"b": 0.0},
-    "b negative": {"b": -1.0},
-    "outside": {"x": -500.0},
-    "far outside": {"x": 1e300},
-}
-
-
-ODD_SHAPES = {
-    "a less than b": {"a": 1.0, "b": 3.0},
-    "theta of float32 over pi/2": {"theta": float(np.float32(np.pi / 2))},
-    "theta 3": {"theta": 3.0},
-    "huge": {"a": 1e4, "b": 1e4},
-    "tiny": {"a": 1e-3, "b": 1e-3},
-    "in the corner": {"x": 0.0, "y": 0.0},
-    "a hair outside": {"x": -0.4, "y": 179.4},
-}
-
-
-def measure_beside(found, shape):
-    """Measure with one object of another shape; demand that the others come out the same."""
-    objects = found.objects.copy()
-    for name, value in shape.items():
-        objects[name][3] = value
-    measured = measure(found.field, objects, found.segmentation)
-    assert_same_rows(measured, found.reference, measured.index != 3)
-    return measured
-
-
-@pytest.mark.parametrize("shape", BAD_SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"a": np.nan},
+        {"a": np.nan, "b": np.nan},
+        {"theta": np.nan},
+        {"x": np.nan},
+        {"a": np.inf},
+        {"b": 0.0},
+        {"b": -1.0},
+        {"x": -500.0},
+        {"x": 1e300},
+    ],
+    ids=str,
+)
 def test_a_source_that_cannot_be_measured_is_nan_and_spoils_no_other(found, shape):
-    measured = measure_beside(found, BAD_SHAPES[shape])
+    measured = measure_other(found, reshaped(found, **shape))
+    assert_same_rows(measured, found.reference, measured.index != 3)
     assert measured.loc[3, PHOTOMETRY].isna().all()
     assert measured["flag_auto"][3] & sep.APER_ALLMASKED
 
 
-@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [{"a": 1e4, "b": 1e4}, {"a": 1e-3, "b": 1e-3}, {"x": 0.0, "y": 0.0}, {"x": -0.4, "y": 179.4}],
+    ids=str,
+)
 def test_a_source_of_odd_shape_spoils_no_other(found, shape):
-    measure_beside(found, ODD_SHAPES[shape])
+    measured = measure_other(found, reshaped(found, **shape))
+    assert_same_rows(measured, found.reference, measured.index != 3)
 
 
 @pytest.mark.parametrize(
-    ("change", "of"),
+    ("shape", "meant"),
     [
         ({"a": 1.0, "b": 3.0, "theta": 0.2}, {"a": 3.0, "b": 1.0, "theta": 0.2}),
         ({"theta": 0.5 + np.pi}, {"theta": 0.5}),
         ({"theta": float(np.float32(np.pi / 2))}, {"theta": np.pi / 2}),
     ],
-    ids=["axes swapped", "half a turn", "a hair over pi/2"],
+    ids=["axes swapped", "half a turn", "slightly over pi/2"],
 )
-def test_odd_shapes_are_measured_as_what_they_mean(found, change, of):
-    rows = []
-    for values in (change, of):
-        objects = found.objects.copy()
-        for name, value in values.items():
-            objects[name][3] = value
-        rows.append(measure(found.field, objects, found.segmentation).loc[3])
-    assert np.isfinite(rows[0]["flux_auto"])
-    assert_allclose(rows[0], rows[1], rtol=1e-6)
+def test_odd_shapes_are_measured_as_what_they_mean(found, shape, meant):
+    one, other = (measure_other(found, reshaped(found, **values)) for values in (shape, meant))
+    assert_same_rows(one, found.reference, one.index != 3)
+    assert np.isfinite(one["flux_auto"][3])
+    assert_allclose(one.loc[3], other.loc[3], rtol=1e-6)
 
 
 def test_a_negative_source_spoils_no_other(found):
-    own = found.segmentation == 4
+    own = found.labels == 4
     residual = np.where(own, -found.field.residual, found.field.residual)
-    measured = measure(replace(found.field, residual=residual), found.objects, found.segmentation)
+    measured = measure_other(found, residual=residual)
     assert measured["flux_auto"][3] < 0
     assert measured.loc[3, ["flux_radius", "xwin", "ywin"]].isna().all()
     assert measured["flag_auto"][3] & sep.APER_NONPOSITIVE
@@ -120,13 +122,10 @@ def test_a_negative_source_spoils_no_other(found):
 
 
 def test_a_fully_masked_source_is_nan(found):
-    y, x = np.indices(found.segmentation.shape)
+    y, x = np.indices(found.labels.shape)
     star = found.objects[3]
     near = np.hypot(x - star["x"], y - star["y"]) < 6 * star["a"] + 1
-    field = replace(
-        found.field, mask=near, residual=np.where(near, np.float32(np.nan), found.field.residual)
-    )
-    measured = measure(field, found.objects, found.segmentation)
+    measured = measure_other(found, **masked(found, near, np.nan))
     assert measured.loc[3, PHOTOMETRY].isna().all()
     assert measured["flag_auto"][3] & sep.APER_ALLMASKED
     far = np.hypot(found.objects["x"] - star["x"], found.objects["y"] - star["y"]) > 100
@@ -135,72 +134,51 @@ def test_a_fully_masked_source_is_nan(found):
 
 
 def test_a_masked_pixel_far_away_changes_no_number(found):
-    mask, residual = found.field.mask.copy(), found.field.residual.copy()
-    mask[0, 0], residual[0, 0] = True, np.nan
-    field = replace(found.field, mask=mask, residual=residual)
+    mask = np.zeros(found.labels.shape, bool)
+    mask[0, 0] = True
     far = np.hypot(found.objects["x"], found.objects["y"]) > 60
     assert far.sum() > 20
-    assert_same_rows(measure(field, found.objects, found.segmentation), found.reference, far)
+    assert_same_rows(measure_other(found, **masked(found, mask, np.nan)), found.reference, far)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -1e6, 1e6])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e6])
 def test_what_is_under_the_mask_does_not_matter(found, value):
-    mask = np.zeros(found.segmentation.shape, bool)
-    mask[50:70, 60:120] = True
-    zero, other = (
-        replace(
-            found.field, mask=mask, residual=np.where(mask, np.float32(v), found.field.residual)
-        )
-        for v in (0, value)
-    )
-    one = measure(zero, found.objects, found.segmentation)
+    one, other = (measure_other(found, **masked(found, box_of(found), v)) for v in (0, value))
     assert (one["flux_auto"] != found.reference["flux_auto"]).any()
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+def test_noise_that_is_nan_under_the_mask_does_not_matter(found):
+    mask = box_of(found)
+    noise = np.where(mask, np.nan, found.field.background.globalrms)
     pd.testing.assert_frame_equal(
-        one, measure(other, found.objects, found.segmentation), check_exact=True
+        measure_other(found, mask=mask, noise=noise), measure_other(found, mask=mask)
     )
 
 
 def test_neighbours_do_not_matter_however_bright(found):
-    label = 4
-    neighbours = (found.segmentation > 0) & (found.segmentation != label)
+    neighbours = (found.labels > 0) & (found.labels != 4)
     residual = np.where(neighbours, np.float32(1e5), found.field.residual)
-    field = replace(found.field, residual=residual)
-    measured = measure(field, found.objects, found.segmentation)
-    rows = measured.index == label - 1
-    assert_same_rows(measured, found.reference, rows)
+    measured = measure_other(found, residual=residual)
+    assert_same_rows(measured, found.reference, measured.index == 3)
 
 
 def test_measuring_leaves_the_map_and_the_image_as_they_were(found):
-    mask = np.zeros(found.segmentation.shape, bool)
-    mask[20:90, 20:90] = True
-    segmentation, residual = found.segmentation.copy(), found.field.residual.copy()
-    measure(replace(found.field, mask=mask), found.objects, found.segmentation)
-    assert_array_equal(found.segmentation, segmentation)
+    labels, residual = found.labels.copy(), found.field.residual.copy()
+    measure_other(found, mask=box_of(found))
+    assert_array_equal(found.labels, labels)
     assert_array_equal(found.field.residual, residual)
 
 
 def test_no_object_gives_no_row(found):
-    measured = measure(found.field, found.objects[:0], np.zeros_like(found.segmentation))
+    measured = measure(found.field, found.objects[:0], np.zeros_like(found.labels))
     assert len(measured) == 0
     assert list(measured) == list(found.reference)
 
 
 def test_one_noise_and_the_same_noise_everywhere_are_the_same(found):
-    rms = found.field.background.globalrms
-    field = replace(found.field, noise=np.full(found.segmentation.shape, rms))
-    measured = measure(field, found.objects, found.segmentation)
-    pd.testing.assert_frame_equal(measured, found.reference)
-
-
-def test_noise_that_is_nan_under_the_mask_does_not_matter(found):
-    mask = np.zeros(found.segmentation.shape, bool)
-    mask[50:70, 60:120] = True
-    field = replace(found.field, mask=mask)
-    noise = np.where(mask, np.nan, found.field.background.globalrms)
-    pd.testing.assert_frame_equal(
-        measure(replace(field, noise=noise), found.objects, found.segmentation),
-        measure(field, found.objects, found.segmentation),
-    )
+    noise = np.full(found.labels.shape, found.field.background.globalrms)
+    pd.testing.assert_frame_equal(measure_other(found, noise=noise), found.reference)
 
 
 @pytest.mark.parametrize("options", [[], ["--err-option", "array_rms", "--thresh", 4]])
@@ -219,21 +197,15 @@ def test_memory_stays_in_proportion_to_the_image(found):
     disc = np.hypot(x - 150, y - 150) < 148
     neighbour = np.hypot(x - 200, y - 150) < 4
     residual = (disc * 10 + neighbour * 50).astype(np.float32)
-    segmentation = (disc + neighbour.astype(np.int32)).astype(np.int32)
+    labels = (disc + neighbour.astype(np.int32)).astype(np.int32)
     objects = found.objects[:2].copy()
-    for name, values in {
-        "x": (150, 200),
-        "y": (150, 150),
-        "a": (74, 2),
-        "b": (74, 2),
-        "theta": (0, 0),
-    }.items():
-        objects[name] = values
+    for source, values in zip(objects, ((150, 150, 74, 74, 0), (200, 150, 2, 2, 0)), strict=True):
+        source["x"], source["y"], source["a"], source["b"], source["theta"] = values
     mask, background = np.zeros((side, side), bool), sep.Background(residual)
     field = replace(found.field, residual=residual, mask=mask, background=background)
     tracemalloc.start()
     try:
-        measured = measure(field, objects, segmentation)
+        measured = measure(field, objects, labels)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -242,18 +214,12 @@ def test_memory_stays_in_proportion_to_the_image(found):
 
 
 def test_a_faint_neighbour_does_not_change_the_centroid_at_the_edge(run, write):
-    shape = (100, 100)
-    star = star_table(1.2, 50.0, 5e4)
-    alone, _ = simulate(shape, star, seed=1, level=100.0, noise=1.0)
-    both, _ = simulate(
-        shape, vstack([star, star_table(1.2, 59.5, 100.0)]), seed=1, level=100.0, noise=1.0
-    )
-    one, other = (
-        rows_at(run(write(image, name)).catalog, [1.2], [50.0]).iloc[0]
-        for image, name in ((alone, "alone.fits"), (both, "both.fits"))
-    )
-    assert other["xwin"] == pytest.approx(one["xwin"], abs=0.02)
-    assert other["ywin"] == pytest.approx(one["ywin"], abs=0.02)
+    star, found = star_table(1.2, 50.0, 5e4), []
+    both = vstack([star, star_table(1.2, 59.5, 100.0)])
+    for name, sources in (("alone.fits", star), ("both.fits", both)):
+        image, _ = simulate((100, 100), sources, seed=1, level=100.0, noise=1.0)
+        found.append(rows_at(run(write(image, name)).catalog, [1.2], [50.0]))
+    assert_allclose(*(rows[["xwin", "ywin"]] for rows in found), rtol=0, atol=0.02)
 
 
 def test_sources_at_the_edge_are_flagged_and_no_others(run, write):

@@ -15,17 +15,10 @@ from sky import grid_positions, simulate, vstack
 from sky import stars as star_table
 from truth import nearest
 
-# ---------------------------------------------------------------------------------------------
 # Definitions: sums over the subtracted image, by numpy
-# ---------------------------------------------------------------------------------------------
-
 
 DIAMETERS = (5, 7.5, 16)
-
-
 ZEROPOINT = 22.5
-
-
 NOISE_OPTIONS = {
     "global": [],
     "array": ["--err-option", "array_rms", "--thresh", 4],
@@ -72,14 +65,12 @@ def elliptical_radius(source, shape):
     return np.hypot(along / source.a, across / source.b)
 
 
-def circle(source, diameter, shape):
-    """Return the part of each pixel in a circle: exact, by differences of `disc_below`."""
-    y, x = (
-        np.arange(size + 1) - 0.5 - centre
-        for size, centre in zip(shape, (source.y, source.x), strict=True)
-    )
+def circle(source, diameter, measured):
+    """Return the part of each pixel in a circle, without neighbours: exact, by `disc_below`."""
+    ny, nx = measured.residual.shape
+    x, y = np.arange(nx + 1) - 0.5 - source.x, np.arange(ny + 1) - 0.5 - source.y
     corners = disc_below(x, y[:, np.newaxis], diameter / 2)
-    return np.diff(np.diff(corners, axis=0), axis=1)
+    return np.diff(np.diff(corners, axis=0), axis=1) * own_or_sky(measured.segmentation, source)
 
 
 def disc_below(x, y, r):
@@ -96,25 +87,22 @@ def disc_below(x, y, r):
     return area + np.where(y > 0, 2 * (sides - under_arc(c)), 0)
 
 
-def test_disc_below_is_the_area_that_a_fine_grid_counts():
-    grid = np.linspace(-3, 3, 1501)[:-1] + 0.002
-    inside = np.hypot(grid, grid[:, np.newaxis]) < 2.5
-    for x, y in ((-1.7, -2.0), (0.4, -1.1), (2.2, 0.3), (-2.2, 1.9), (9.0, 9.0)):
-        counted = np.count_nonzero(inside[grid < y][:, grid < x]) * 0.004**2
-        assert disc_below(x, y, 2.5) == pytest.approx(counted, abs=0.02)
-
-
 def own_or_sky(segmentation, source):
     return (segmentation == 0) | (segmentation == source.id)
 
 
-def test_sizes_are_functions_of_a_and_b(measured):
-    a, b = measured.catalog["a"], measured.catalog["b"]
-    assert_allclose(measured.catalog["elongation"], a / b)
-    assert_allclose(measured.catalog["fwhm"], 2 * np.sqrt(np.log(2) * (a**2 + b**2)))
+def test_sizes_snr_background_and_rms_are_functions_of_the_other_columns_and_maps(measured):
+    catalog = measured.catalog
+    a, b = catalog["a"], catalog["b"]
+    assert_allclose(catalog["elongation"], a / b)
+    assert_allclose(catalog["fwhm"], 2 * np.sqrt(np.log(2) * (a**2 + b**2)))
+    assert_allclose(catalog["snr"], catalog["flux_auto"] / catalog["fluxerr_auto"])
+    at = tuple(np.rint(catalog[name]).astype(int) for name in ("y", "x"))  # the nearest pixel
+    assert_allclose(catalog["background"], measured.level[at], rtol=1e-6)
+    assert_allclose(catalog["rms"], measured.rms[at], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["auto", *(f"aper_{diameter:g}" for diameter in DIAMETERS)])
+@pytest.mark.parametrize("kind", ["auto", "aper_7.5"])
 def test_magnitudes_are_functions_of_the_fluxes(measured, kind):
     flux, error = measured.catalog[f"flux_{kind}"], measured.catalog[f"fluxerr_{kind}"]
     bright = flux > 0
@@ -124,17 +112,6 @@ def test_magnitudes_are_functions_of_the_fluxes(measured, kind):
     assert_allclose(magerr[bright], 2.5 / math.log(10) * (error / flux)[bright])
     assert mag[~bright].isna().all()
     assert magerr[~bright].isna().all()
-
-
-def test_snr_is_flux_over_error(measured):
-    catalog = measured.catalog
-    assert_allclose(catalog["snr"], catalog["flux_auto"] / catalog["fluxerr_auto"])
-
-
-def test_background_and_rms_are_those_at_the_nearest_pixel(measured):
-    rows, columns = (np.rint(measured.catalog[name]).astype(int) for name in ("y", "x"))
-    assert_allclose(measured.catalog["background"], measured.level[rows, columns], rtol=1e-6)
-    assert_allclose(measured.catalog["rms"], measured.rms[rows, columns], rtol=1e-6)
 
 
 def test_the_kron_radius_is_the_first_moment_within_6_without_neighbours(measured):
@@ -162,22 +139,20 @@ def test_auto_sums_the_pixels_in_the_kron_ellipse_without_neighbours(measured):
 
 @pytest.mark.parametrize("diameter", DIAMETERS)
 def test_apertures_sum_the_pixels_in_the_circle_without_neighbours(measured, diameter):
+    sums = []
     for source in measured.catalog.itertuples():
-        weight = circle(source, diameter, measured.residual.shape)
-        weight *= own_or_sky(measured.segmentation, source)
-        flux = np.sum(weight * measured.residual)
-        error = np.sqrt(np.sum(weight * measured.noise**2))
-        row = measured.catalog.loc[source.Index]
-        assert_allclose(row[f"flux_aper_{diameter:g}"], flux, rtol=1e-5, atol=1e-2)
-        assert_allclose(row[f"fluxerr_aper_{diameter:g}"], error)
+        weight = circle(source, diameter, measured)
+        sums.append((np.sum(weight * measured.residual), np.sum(weight * measured.noise**2)))
+    flux, variance = np.transpose(sums)
+    assert_allclose(measured.catalog[f"flux_aper_{diameter:g}"], flux, rtol=1e-5, atol=1e-2)
+    assert_allclose(measured.catalog[f"fluxerr_aper_{diameter:g}"], np.sqrt(variance))
 
 
 def test_half_of_auto_falls_within_flux_radius(measured):
     sized = measured.catalog[measured.catalog["flux_radius"].notna()]
     assert len(sized) > 20
     for source in sized.itertuples():
-        weight = circle(source, 2 * source.flux_radius, measured.residual.shape)
-        weight *= own_or_sky(measured.segmentation, source)
+        weight = circle(source, 2 * source.flux_radius, measured)
         assert np.sum(weight * measured.residual) == pytest.approx(source.flux_auto / 2, rel=0.05)
 
 
@@ -216,9 +191,8 @@ def test_position_errors_leave_out_masked_pixels_and_what_is_beyond_the_edge(run
     stars[:, 82:84] = np.nan
     image, gain = np.ascontiguousarray(stars[59:]), 3.0
     subtracted = write(image).with_name("subtracted.fits")
-    result = run(
-        write(image, "cut.fits"), "--subtracted", subtracted, "--gain", gain, "--bridge", 0
-    )
+    options = "--subtracted", subtracted, "--gain", gain, "--bridge", 0
+    result = run(write(image, "cut.fits"), *options)
     source = rows_at(result.catalog, [80], [2]).iloc[0]
     residual, known = np.nan_to_num(fits.getdata(subtracted).astype(float)), np.isfinite(image)
     own = known & own_or_sky(result.image("segmentation"), source)
@@ -248,9 +222,7 @@ def test_auto_is_seps_with_sextractors_recipe(measured):
     assert_array_equal(measured.catalog["flag_auto"], flag)
 
 
-# ---------------------------------------------------------------------------------------------
 # Options
-# ---------------------------------------------------------------------------------------------
 
 
 def test_the_zeropoint_shifts_all_magnitudes_and_nothing_else(run, write, stars):
@@ -264,7 +236,7 @@ def test_the_zeropoint_shifts_all_magnitudes_and_nothing_else(run, write, stars)
     )
 
 
-@pytest.mark.parametrize(("factor", "least"), [(2.0, 1.0), (1.0, 5.0), (2.5, 3.1)])
+@pytest.mark.parametrize(("factor", "least"), [(2.0, 1.0), (1.0, 5.0)])
 def test_kron_options_are_factor_and_least_radius(run, write, stars, factor, least):
     image = write(stars)
     options = ("--kron-factor", 1, "--kron-min-radius", 1e-3)
@@ -275,8 +247,7 @@ def test_kron_options_are_factor_and_least_radius(run, write, stars, factor, lea
     )
 
 
-@pytest.mark.parametrize("gain", [0.5, 4.0])
-@pytest.mark.parametrize("noise", ["float_globalrms", "array_rms"])
+@pytest.mark.parametrize(("gain", "noise"), [(0.5, "float_globalrms"), (4.0, "array_rms")])
 def test_gain_adds_the_poisson_noise_of_the_source(run, write, stars, gain, noise):
     image = write(stars)
     options = ("--err-option", noise, "--thresh", 5, "--aperture-diameters", 6)
@@ -318,10 +289,7 @@ def test_errors_are_finite_beside_pixels_without_a_measured_noise(run, write, me
     assert (catalog["fluxerr_aper_10"] < math.sqrt(79) * 1.2).all()
 
 
-# ---------------------------------------------------------------------------------------------
 # Against the truth
-# ---------------------------------------------------------------------------------------------
-
 
 FWHM = 3.0
 
@@ -339,23 +307,16 @@ def isolated(tmp_path_factory):
     return truth.to_pandas(), rows_at(read_catalog(directory), x, y)
 
 
-def test_errors_are_those_of_the_fluxes(isolated):
+def test_fluxes_and_radii_are_the_true_ones_within_their_errors(isolated):
     truth, found = isolated
+    assert (found["flag_auto"] == 0).all()
     pull = (found["flux_auto"] - truth["flux"]) / found["fluxerr_auto"]
     assert 0.8 < pull.std() < 1.25
     assert abs(pull.median()) < 0.4
-
-
-def test_auto_misses_little_of_the_light(isolated):
-    truth, found = isolated
-    ratio = (found["flux_auto"] / truth["flux"])[truth["flux"] > 1000]
-    assert 0.98 < ratio.median() < 1.005
-
-
-def test_flux_radius_is_the_half_light_radius(isolated):
-    truth, found = isolated
+    bright = truth["flux"] > 1000
+    assert 0.98 < (found["flux_auto"] / truth["flux"])[bright].median() < 1.005
     true = truth["r50"] * math.sqrt(1 + 0.46 / FWHM**2)
-    ratio = (found["flux_radius"] / true)[truth["flux"] > 1000]
+    ratio = (found["flux_radius"] / true)[bright]
     assert ratio.median() == pytest.approx(1, abs=0.02)
     assert ratio.std() < 0.05
 
@@ -369,8 +330,7 @@ def test_windowed_centroids_are_better_than_barycentres(isolated):
     assert (windowed[truth["flux"] > 1000]).median() < 0.04
 
 
-@pytest.mark.parametrize("gain", [None, 2.0])
-@pytest.mark.parametrize("noise", ["float_globalrms", "array_rms"])
+@pytest.mark.parametrize(("noise", "gain"), [("float_globalrms", None), ("array_rms", 2.0)])
 def test_position_errors_are_those_of_the_windowed_centroids(run, write, noise, gain):
     shape = (990, 990)
     x, y = grid_positions(shape, 33, seed=1)
@@ -388,11 +348,6 @@ def test_position_errors_are_those_of_the_windowed_centroids(run, write, noise, 
     assert 0.9 < (across / catalog["errbwin"]).std() < 1.1
 
 
-def test_isolated_sources_have_no_flag(isolated):
-    _, found = isolated
-    assert (found["flag_auto"] == 0).all()
-
-
 def test_windowed_centroids_do_not_run_away_to_a_bright_neighbour(run, write):
     shape = (160, 160)
     x, y = grid_positions(shape, 40, seed=3)
@@ -408,49 +363,11 @@ def test_windowed_centroids_do_not_run_away_to_a_bright_neighbour(run, write):
     assert found["xwin"].notna().all()
 
 
-# ---------------------------------------------------------------------------------------------
-# Extreme values
-# ---------------------------------------------------------------------------------------------
-
-
-SCALED = ["flux_auto", "fluxerr_auto", "flux_aper_6", "fluxerr_aper_6", "rms"]
-
-
-UNSCALED = ["kron_radius", "snr", "flux_radius", "xwin", "ywin", "flag_auto"]
-
-
-@pytest.mark.parametrize(
-    ("scale", "dtype"), [(1e-20, np.float32), (1e-20, np.float64), (1e20, np.float32)]
-)
-@pytest.mark.parametrize("option", ["float_globalrms", "array_rms"])
-def test_photometry_scales_with_the_image(run, write, stars, scale, dtype, option):
-    options = ("--err-option", option, "--thresh", 5, "--aperture-diameters", 6)
-    plain = run(write(stars), *options, "--gain", 2).catalog
-    image = write((stars.astype(float) * scale).astype(dtype), "scaled.fits")
-    scaled = run(image, *options, "--gain", 2 / scale).catalog
-    assert len(plain) == 6
-    assert_allclose(scaled[SCALED] / scale, plain[SCALED], rtol=1e-3)
-    assert_allclose(scaled[UNSCALED], plain[UNSCALED], rtol=1e-3)
-    shift = -2.5 * math.log10(scale)
-    assert_allclose(scaled["mag_auto"] - plain["mag_auto"], shift, atol=1e-3)
-
-
-def test_a_pedestal_of_1e7_sigma_changes_no_measurement(run, write, stars):
-    options = ("--thresh", 5, "--aperture-diameters", 6)
-    plain = run(write(stars), *options).catalog
-    high = run(write(stars.astype(float) + 1e7, "high.fits"), *options).catalog
-    assert_allclose(high[SCALED + UNSCALED], plain[SCALED + UNSCALED], rtol=2e-3)
-    assert_allclose(high["background"] - 1e7, plain["background"], atol=0.05)
-
-
 def test_an_aperture_wider_than_the_image_sums_all_of_it(run, write, stars, tmp_path):
     diameter = 10_000
     subtracted = tmp_path / "subtracted.fits"
     options = ("--thresh", 5, "--subtracted", subtracted, "--aperture-diameters", diameter)
     result = run(write(stars), *options)
     residual, segmentation = fits.getdata(subtracted).astype(float), result.image("segmentation")
-    sums = [
-        residual[(segmentation == 0) | (segmentation == label)].sum()
-        for label in result.catalog["id"]
-    ]
+    sums = [residual[own_or_sky(segmentation, s)].sum() for s in result.catalog.itertuples()]
     assert_allclose(result.catalog[f"flux_aper_{diameter:g}"], sums, rtol=1e-4)
