@@ -1,6 +1,7 @@
 """README and docs say what is true: of options, columns, files and examples."""
 
 import re
+from operator import attrgetter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -166,3 +167,11 @@ def test_the_map_in_the_script_names_its_sections_in_order():
     rows = re.findall(r"^    ([A-Z][\w ,]+?)  +\S", source_extractor.__doc__, re.MULTILINE)
     assert len(sections) > 10
     assert ", ".join(rows) == ", ".join(dict.fromkeys(s.partition(":")[0] for s in sections))
+
+
+def test_the_functions_that_avoid_seps_traps_exist():
+    rows = re.findall(r"\| (`[^|]*) \|\n", (ROOT / "docs" / "sep.md").read_text())
+    named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    assert len(named) > 10
+    for name in named:
+        assert attrgetter(name)(source_extractor)
