@@ -226,23 +226,6 @@ def test_no_object_holds_masked_pixels(run, write, tmp_path, options):
         assert source.tnpix <= source.npix
 
 
-def test_a_masked_core_leaves_the_rim_and_its_highest_pixel():
-    image = np.random.default_rng(1).normal(0, 1, (60, 60))
-    star(image, 30, 30, 5000)
-    mask = np.zeros(image.shape, bool)
-    mask[30, 30] = True
-    field = field_of(image.astype(np.float32), thresh=5.0, mask=mask)
-    light = np.where(mask, 0, field.residual)
-    (whole,) = sep.extract(light, 5.0, err=field.noise)
-    (cut,) = find_sources(field).objects
-    filtered = correlate(light, DEFAULT_KERNEL / DEFAULT_KERNEL.sum())
-    assert cut["npix"] == whole["npix"] - 1
-    assert not mask[cut["ycpeak"], cut["xcpeak"]]
-    assert cut["cpeak"] == pytest.approx(np.where(mask, 0, filtered).max(), rel=1e-6)
-    assert cut["cflux"] == pytest.approx(whole["cflux"] - filtered[30, 30], rel=1e-5)
-    assert (cut["x"], cut["y"], cut["a"]) == (whole["x"], whole["y"], whole["a"])
-
-
 def test_objects_keep_what_is_not_masked(run, write):
     image = np.random.default_rng(2).normal(0, 1, (120, 160)).astype(np.float32)
     star(image, 80, 60, 1000)
