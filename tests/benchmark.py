@@ -1,40 +1,32 @@
-"""Time and memory of whole runs: the tool beside SExtractor, photutils and a naive script.
+"""Time and memory of whole runs: the tool beside SExtractor.
 
     python tests/benchmark.py [--sizes 360 1024 4096] [--repeats 5] [--only NAME ...]
 
-The tool's environment is enough; of the others those run that are installed. All of them find the
-sources of the same simulated skies with the same parameters, and write background, RMS,
-segmentation and a catalogue:
+Both find the sources of the same simulated skies with the same parameters, and write background,
+RMS, segmentation and a catalogue of the same quantities:
 
-    tool             source_extractor.py in one process, with its picture of the sources
-    tool x2          the same in two
-    SExtractor       with the columns that SEP has: positions, shapes, isophotal fluxes, flags
-    SExtractor full  with AUTO photometry, half-light radii and windowed positions as well
-    photutils        tools/with_photutils.py, which needs photutils
-    naive            tools/naive.py, with a picture as large as the image; needs pandas
-    imports          python, which only imports what the tool does: the floor of its start-up
+    tool        source_extractor.py in one process, with its picture of the sources
+    tool x2     the same in two
+    SExtractor  if it is installed
 
 They run in turn, so that whatever else the machine does is shared fairly, and a ratio is the median
-of those of the runs of one turn. A run counts only if it wrote all its products; the sources found
-tell whether the work was the same. The first run of each is not timed: the memory of all its
-processes is read then. Prints a table in Markdown for each size:
+of those of the runs of one turn. A run counts only if it wrote all its products. The first run of
+each is not timed: the memory of all its processes is read then. Prints a table for each size:
 
     seconds        of wall time, the median
     tool / it      the tool's seconds over this program's
-    found          sources in the catalogue
-    largest        peak resident memory of the largest process, in MB; no less than that of the
-                   process here, about 20
+    largest        peak resident memory of the largest process, in MB; at least 20, of this process
     together       peak memory of all processes, each page shared out among those that hold it, in
                    MB; sampled, hence at least the largest's; on Linux only
     bytes a pixel  by which the peak grows with the image, from the smallest image on to one of at
                    least 4096 x 4096
+    found          sources in the catalogue: they tell whether the work was the same
 
 A sky of 32768 x 32768 pixels and what is made of it take 20 GB of disk. Exits with 1 if a program
 failed.
 """
 
 import argparse
-import importlib.util
 import multiprocessing
 import os
 import re
@@ -51,41 +43,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
 import sextractor
 
-PYTHON = sys.executable
-TESTS = Path(__file__).resolve().parent
-TOOL = TESTS.parent / "source_extractor.py"
-IMPORTS = "import numpy, sep, astropy.io.fits, matplotlib.figure"
+TOOL = Path(__file__).resolve().parents[1] / "source_extractor.py"
 
 LEVEL, RISE = 100.0, (5.0, -3.0)  # of the background: at the centre; across the image in x, in y
 BAND = 1024  # rows of a sky that are made at a time
 BORDER = 100  # rows; no source reaches further
-
 INTERVAL = 0.02  # seconds between two looks at the memory
+LARGE = 4096  # pixels on a side
 
 MAPS = ("background.fits", "rms.fits", "segmentation.fits")
 PRODUCTS = {  # the catalogue is the last
-    "tool": (*MAPS, "sources.png", "catalog.tsv"),
-    "tool x2": (*MAPS, "sources.png", "catalog.tsv"),
-    "SExtractor": (*MAPS, "catalog.cat"),
-    "SExtractor full": (*MAPS, "catalog.cat"),
-    "photutils": (*MAPS, "catalog.tsv"),
-    "naive": (*MAPS, "sources.png", "catalog.tsv"),
-    "imports": (),
+    **dict.fromkeys(("tool", "tool x2"), (*MAPS, "sources.png", "catalog.tsv")),
+    **({"SExtractor": (*MAPS, "catalog.cat")} if sextractor.PROGRAM else {}),
 }
-SLOW = ("photutils", "naive")  # run on no larger image unless asked
-LARGE = 4096  # pixels on a side
-
-SEP_COLUMNS = """
+COLUMNS = """
 NUMBER THRESHOLD ISOAREAF_IMAGE XMIN_IMAGE XMAX_IMAGE YMIN_IMAGE YMAX_IMAGE X_IMAGE Y_IMAGE
 X2_IMAGE Y2_IMAGE XY_IMAGE ERRX2_IMAGE ERRY2_IMAGE ERRXY_IMAGE A_IMAGE B_IMAGE THETA_IMAGE
 CXX_IMAGE CYY_IMAGE CXY_IMAGE FLUX_ISO FLUX_MAX XPEAK_IMAGE YPEAK_IMAGE FLAGS ALPHA_J2000
-DELTA_J2000
+DELTA_J2000 FLUX_AUTO FLUXERR_AUTO MAG_AUTO MAGERR_AUTO KRON_RADIUS FLUX_RADIUS XWIN_IMAGE
+YWIN_IMAGE ERRAWIN_IMAGE ERRBWIN_IMAGE ERRTHETAWIN_IMAGE
 """
-MORE_COLUMNS = """
-FLUX_AUTO FLUXERR_AUTO MAG_AUTO MAGERR_AUTO KRON_RADIUS FLUX_RADIUS XWIN_IMAGE YWIN_IMAGE
-ERRAWIN_IMAGE ERRBWIN_IMAGE ERRTHETAWIN_IMAGE
-"""
-SEXTRACTOR_SETTINGS = {
+SETTINGS = {
     "CATALOG_NAME": "catalog.cat",
     "CATALOG_TYPE": "ASCII_HEAD",
     "CHECKIMAGE_TYPE": "BACKGROUND,BACKGROUND_RMS,SEGMENTATION",
@@ -99,54 +77,23 @@ class Run(NamedTuple):
     seconds: float
     largest: int
     together: int
-    found: int | None
-
-
-def installed():
-    """Return the names of the programs that are there."""
-    absent = set()
-    if not sextractor.PROGRAM:
-        absent |= {"SExtractor", "SExtractor full"}
-    needed = {"photutils": "photutils", "naive": "pandas"}
-    absent |= {name for name, module in needed.items() if not importlib.util.find_spec(module)}
-    return [name for name in PRODUCTS if name not in absent]
+    found: int
 
 
 def command(name, image, output):
     """Return the command of a program for an image and an empty directory, its working one."""
-    match name:
-        case "tool" | "tool x2":
-            threads = "2" if name == "tool x2" else "1"
-            return [PYTHON, TOOL, image, "-o", output, "-q", "--threads", threads]
-        case "SExtractor" | "SExtractor full":
-            columns = SEP_COLUMNS + (MORE_COLUMNS if name == "SExtractor full" else "")
-            return [*sextractor.configured(output, columns.split(), **SEXTRACTOR_SETTINGS), image]
-        case "photutils":
-            return [PYTHON, TESTS / "tools" / "with_photutils.py", image, output]
-        case "naive":
-            return [PYTHON, TESTS / "tools" / "naive.py", image, output]
-        case "imports":
-            return [PYTHON, "-c", IMPORTS]
+    if name == "SExtractor":
+        return [*sextractor.configured(output, COLUMNS.split(), **SETTINGS), image]
+    threads = "2" if name == "tool x2" else "1"
+    return [sys.executable, TOOL, image, "-o", output, "-q", "--threads", threads]
 
 
 def write_sky(path, size, density):
-    """Write a simulated sky as FITS, band by band, so that it may be larger than memory.
+    """Write a simulated sky of `size` x `size` float32 pixels; return how many sources it has.
 
-    The imports are here because this runs in a process of its own: a command's peak memory is never
-    less than that of the process that starts it, which therefore has to stay small.
-
-    Parameters
-    ----------
-    path : Path
-    size : int
-        Of its sides in float32 pixels.
-    density : int
-        Pixels for each source.
-
-    Returns
-    -------
-    int
-        How many sources it has, anywhere in it: those across two bands are drawn in both.
+    It has one in `density` pixels, and is written band by band, so that it may be larger than
+    memory. The imports are here because this runs in a process of its own: a command's peak memory
+    is never less than that of the process that starts it, which therefore has to stay small.
     """
     import numpy as np
     from astropy.io import fits
@@ -202,15 +149,13 @@ def measure(arguments, directory, watched):
 
 
 def count_sources(directory, products):
-    """Return the number of rows in the catalogue, if any; all of the products must be there."""
+    """Return the number of rows in the catalogue; all of the products must be there."""
     missing = [product for product in products if not (directory / product).is_file()]
     if missing:
         raise FileNotFoundError(f"wrote no {', '.join(missing)}")
-    if not products:
-        return None
-    header = 1 if products[-1].endswith(".tsv") else 0
     with open(directory / products[-1]) as catalog:
-        return sum(not line.startswith("#") for line in catalog) - header
+        rows = sum(not line.startswith("#") for line in catalog)
+    return rows - products[-1].endswith(".tsv")
 
 
 def compare(names, image, repeats):
@@ -262,7 +207,7 @@ def report(size, runs, smallest):
             f"{largest / 1e6:.0f}",
             f"{peak / 1e6:.0f}" if watched.together else "",
             f"{(peak - least) / (size**2 - first**2):.1f}" if size >= LARGE > first else "",
-            str(watched.found or ""),
+            str(watched.found),
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -276,35 +221,21 @@ def positive(text):
 
 def main(argv=None):
     """Make a sky of each size, run the programs on it, print the tables; return the exit code."""
-    programs = installed()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--sizes",
-        type=positive,
-        nargs="+",
-        default=[360, 1024, 4096],
-        metavar="PIXELS",
-        help="sides of the skies (360 1024 4096)",
-    )
-    parser.add_argument(
-        "--repeats", type=positive, default=5, help="timed runs of each (%(default)s)"
-    )
-    parser.add_argument(
-        "--density", type=positive, default=2500, help="pixels for each source (%(default)s)"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=programs,
-        metavar="NAME",
-        help=f"of {', '.join(programs)} (all; {' and '.join(SLOW)} up to {LARGE} pixels)",
-    )
-    parser.add_argument("--directory", help="for skies and products, which don't stay there")
+
+    def add(option, **keywords):
+        parser.add_argument(f"--{option}", **keywords)
+
+    sizes, text = [360, 1024, 4096], "sides of the skies (360 1024 4096)"
+    add("sizes", type=positive, nargs="+", default=sizes, metavar="PIXELS", help=text)
+    add("repeats", type=positive, default=5, help="timed runs of each (%(default)s)")
+    add("density", type=positive, default=2500, help="pixels for each source (%(default)s)")
+    add("only", nargs="+", choices=PRODUCTS, default=list(PRODUCTS), help="programs to run")
+    add("directory", help="for skies and products, which don't stay there")
     args = parser.parse_args(argv)
 
     smallest, failed = {}, False
     for size in sorted(args.sizes):
-        names = args.only or [name for name in programs if size <= LARGE or name not in SLOW]
         with tempfile.TemporaryDirectory(dir=args.directory) as directory:
             image = Path(directory, "sky.fits").absolute()
             with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -312,9 +243,9 @@ def main(argv=None):
             os.sync()  # or the first program's run would wait for it
             heading = f"{size} x {size} pixels, {number} sources, {args.repeats} runs each"
             print(f"\n{heading}\n", flush=True)
-            runs = compare(names, image, args.repeats)
+            runs = compare(args.only, image, args.repeats)
             report(size, runs, smallest)
-        failed |= not runs.keys() >= set(names)
+        failed |= not runs.keys() >= set(args.only)
     return int(failed)
 
 

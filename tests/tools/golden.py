@@ -31,83 +31,88 @@ ALL_PRODUCTS = (
     " --regions products/sources.reg --overview products/overview.png"
 )
 NOISE_MAP = "--err-option file --err-file decam_r_weight.fits.fz --err-type weight"
-CASES = [
-    # on the images of test-data
-    "sky.fits",
-    "sky.fits --mask sky_mask.fits",
-    "sky.fits --mask sky_mask.fits --bridge 0",
-    "sky.fits --mask sky_mask.fits --bridge 5 --background-passes 2",
-    "sky.fits --err-option array_rms",
-    "sky.fits --err-option array_rms --filter-type conv --mask sky_mask.fits",
-    "sky.fits --err-option none --thresh 30",
-    "sky.fits --background-passes 2",
-    "sky.fits --bw 32 --bh 48 --fw 5 --fh 1 --fthresh 2",
-    "sky.fits --gain 2.5 --saturation 2000",
-    "sky.fits --no-clean --minarea 1 --thresh 1",
-    "sky.fits --clean-param 0.3",
-    "sky.fits --deblend-nthresh 1",
-    "sky.fits --deblend-cont 0.0001 --deblend-nthresh 64",
-    "sky.fits --filter-case none",
-    "sky.fits --filter-case gaussian --filter-fwhm 4",
-    "sky.fits --filter-case tophat --filter-fwhm 5",
-    "sky.fits --filter-case file --filter-file kernel.conv",
-    "sky.fits --aperture-diameters 5 7.5 12 --zeropoint 25",
-    "sky.fits --kron-factor 2 --kron-min-radius 2",
-    "sky.fits --mask-box 10 60 20 90 --mask-box 100 101 0 255",
-    "sky.fits --image-format tiff",
-    "sky.fits --measure-image sky.fits --err-option none --thresh 40",
-    "sky.fits --thresh 1e6",
-    "empty.fits",
-    "mosaic.fits --blank 0",
-    "mosaic.fits",
-    "stack.fits --plane 1",
-    "stack.fits --plane 0 --measure-image stack.fits --measure-plane 2",
-    "stack.fits",
-    "hubble_deep_field.tiff",
-    "hubble_deep_field.tiff --thresh 3 --background-passes 2 --image-format tiff",
-    # on the images of another directory
-    "desi_legacy_g.fits",
-    "desi_legacy_g.fits --background-passes 2 --err-option array_rms --aperture-diameters 6",
-    "decam_r.fits.fz --mask decam_r_dq.fits.fz",
-    f"decam_r.fits.fz {NOISE_MAP} --mask decam_r_dq.fits.fz --mask-bits 1 2 4",
-    f"decam_r.fits.fz {NOISE_MAP} --filter-type conv",
-    "emmi_field.fits --gain 1.5 --thresh 2",
-    "hst_nicmos_mef.fits --hdu SCI --err-option file --err-file hst_nicmos_mef.fits --err-hdu ERR"
-    " --mask hst_nicmos_mef.fits --mask-hdu DQ",
-    "hst_nicmos_mef.fits --hdu ERR",
-    "radio_4axes.fits",
-    "nuclei_uint16.tif --bw 256 --bh 256 --minarea 30 --filter-case gaussian --filter-fwhm 4"
-    " --deblend-cont 0.0005 --thresh 2.5 --image-format tiff",
-    "cells_lzw.tiff",
-    "nuclei_uint16.tif --mask nuclei_labels.tif",
-]
+NICMOS_ERRORS = (
+    "--err-option file --err-file hst_nicmos_mef.fits --err-hdu ERR"
+    " --mask hst_nicmos_mef.fits --mask-hdu DQ"
+)
+NUCLEI = (
+    "--bw 256 --bh 256 --minarea 30 --filter-case gaussian --filter-fwhm 4"
+    " --deblend-cont 0.0005 --thresh 2.5 --image-format tiff"
+)
+# A case a line; those whose image is not in test-data need another directory.
+CASES = f"""
+sky.fits
+sky.fits --mask sky_mask.fits
+sky.fits --mask sky_mask.fits --bridge 0
+sky.fits --mask sky_mask.fits --bridge 5 --background-passes 2
+sky.fits --err-option array_rms
+sky.fits --err-option array_rms --filter-type conv --mask sky_mask.fits
+sky.fits --err-option none --thresh 30
+sky.fits --background-passes 2
+sky.fits --bw 32 --bh 48 --fw 5 --fh 1 --fthresh 2
+sky.fits --gain 2.5 --saturation 2000
+sky.fits --no-clean --minarea 1 --thresh 1
+sky.fits --clean-param 0.3
+sky.fits --deblend-nthresh 1
+sky.fits --deblend-cont 0.0001 --deblend-nthresh 64
+sky.fits --filter-case none
+sky.fits --filter-case gaussian --filter-fwhm 4
+sky.fits --filter-case tophat --filter-fwhm 5
+sky.fits --filter-case file --filter-file kernel.conv
+sky.fits --aperture-diameters 5 7.5 12 --zeropoint 25
+sky.fits --kron-factor 2 --kron-min-radius 2
+sky.fits --mask-box 10 60 20 90 --mask-box 100 101 0 255
+sky.fits --image-format tiff
+sky.fits --measure-image sky.fits --err-option none --thresh 40
+sky.fits --thresh 1e6
+empty.fits
+mosaic.fits --blank 0
+mosaic.fits
+stack.fits --plane 1
+stack.fits --plane 0 --measure-image stack.fits --measure-plane 2
+stack.fits
+hubble_deep_field.tiff
+hubble_deep_field.tiff --thresh 3 --background-passes 2 --image-format tiff
+desi_legacy_g.fits
+desi_legacy_g.fits --background-passes 2 --err-option array_rms --aperture-diameters 6
+decam_r.fits.fz --mask decam_r_dq.fits.fz
+decam_r.fits.fz {NOISE_MAP} --mask decam_r_dq.fits.fz --mask-bits 1 2 4
+decam_r.fits.fz {NOISE_MAP} --filter-type conv
+emmi_field.fits --gain 1.5 --thresh 2
+hst_nicmos_mef.fits --hdu SCI {NICMOS_ERRORS}
+hst_nicmos_mef.fits --hdu ERR
+radio_4axes.fits
+nuclei_uint16.tif {NUCLEI}
+cells_lzw.tiff
+nuclei_uint16.tif --mask nuclei_labels.tif
+"""
 
 
-def run(script, case, directories, place, more):
-    """Run a case in a new directory; return exit code, output, and the directory of products."""
+def run(script, case, directories, place, *more):
+    """Run a case in a new directory; return what was said, and the paths of products by name."""
     place.mkdir()
-    for directory in directories:
-        for path in directory.iterdir():
-            (place / path.name).symlink_to(path.resolve())
+    for path in (path for directory in directories for path in directory.iterdir()):
+        (place / path.name).symlink_to(path.resolve())
     words = [*shlex.split(case), *ALL_PRODUCTS.split(), *more]
     command = [sys.executable, script.resolve(), *words]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr, place / "products"
+    said = {"exit code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+    return said, {path.name: path for path in place.glob("products/*")}
 
 
 def differing_columns(one, other, tolerance):
-    """Return what differs between two tables, as texts."""
-    found = [f"lacks {name}" for name in one.columns if name not in other.columns]
-    found += [f"has {name}" for name in other.columns if name not in one.columns]
+    """Yield what differs between two tables, as texts."""
+    yield from (f"lacks {name}" for name in one.columns if name not in other.columns)
+    yield from (f"has {name}" for name in other.columns if name not in one.columns)
     if len(one) != len(other):
-        return [*found, f"{len(one)} and {len(other)} rows"]
+        yield f"{len(one)} and {len(other)} rows"
+        return
     for name in one.columns.intersection(other.columns):
         a, b = one[name].to_numpy(float), other[name].to_numpy(float)
         gap = ~np.isclose(a, b, rtol=tolerance, atol=0, equal_nan=True)
         if gap.any():
             largest = np.nanmax(np.abs(a - b)[gap] / np.maximum(np.abs(a[gap]), 1e-300))
-            found.append(f"{name} in {gap.sum()} rows (relative {largest:.2g})")
-    return found
+            yield f"{name} in {gap.sum()} rows (relative {largest:.2g})"
 
 
 def table_of(path):
@@ -118,51 +123,38 @@ def table_of(path):
         return Table.read(path).to_pandas()
 
 
-def pixels_of(path):
-    """Return the pixels of an image product or a picture."""
-    match path.suffix:
-        case ".png":
-            return matplotlib.image.imread(path)
-        case ".tiff":
-            return tifffile.imread(path)
-    return fits.getdata(path)
+PIXELS_OF = {".fits": fits.getdata, ".tiff": tifffile.imread, ".png": matplotlib.image.imread}
 
 
-def difference_of(name, one, other, tolerance):
+def difference_of(one, other, tolerance):
     """Return what differs between two files of a product, or an empty text."""
     if one.read_bytes() == other.read_bytes():
         return ""
-    if name.startswith("catalog"):
+    if one.stem == "catalog":
         return "; ".join(differing_columns(table_of(one), table_of(other), tolerance))
-    if one.suffix in (".fits", ".tiff", ".png"):
+    if pixels_of := PIXELS_OF.get(one.suffix):
         a, b = pixels_of(one), pixels_of(other)
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"{a.dtype}{a.shape} became {b.dtype}{b.shape}"
         gap = ~np.isclose(a, b, rtol=tolerance, atol=0, equal_nan=True)
         if gap.any():
             return f"{gap.sum()} of {a.size} pixels"
-        if one.suffix == ".fits" and fits.getheader(one) != fits.getheader(other):
-            return "header"
-        return ""
+        same = one.suffix != ".fits" or fits.getheader(one) == fits.getheader(other)
+        return "" if same else "header"
     lines = zip(one.read_text().splitlines(), other.read_text().splitlines(), strict=False)
     return next((f"{a!r} became {b!r}" for a, b in lines if a != b), "length")
 
 
 def compare(before, after, tolerance):
-    """Return what differs between two runs, a text for each product or stream."""
-    found = []
-    for stream, one, other in zip(("exit code", "stdout", "stderr"), before, after, strict=False):
-        if one != other:
-            found.append(f"{stream}: {str(one).strip()!r} became {str(other).strip()!r}")
-    old, new = (
-        {path.name: path for path in run[3].iterdir()} if run[3].exists() else {}
-        for run in (before, after)
-    )
-    found += [f"{name}: only in one" for name in sorted(old.keys() ^ new.keys())]
+    """Yield what differs between two runs, a text for each product or stream."""
+    (said, old), (says, new) = before, after
+    for stream in said:
+        if said[stream] != says[stream]:
+            yield f"{stream}: {str(said[stream]).strip()!r} became {str(says[stream]).strip()!r}"
+    yield from (f"{name}: only in one" for name in sorted(old.keys() ^ new.keys()))
     for name in sorted(old.keys() & new.keys()):
-        if text := difference_of(name, old[name], new[name], tolerance):
-            found.append(f"{name}: {text}")
-    return found
+        if text := difference_of(old[name], new[name], tolerance):
+            yield f"{name}: {text}"
 
 
 def main():
@@ -178,16 +170,15 @@ def main():
     directories = [ROOT / "test-data", *([args.data] if args.data else [])]
     present = {path.name for directory in directories for path in directory.iterdir()}
     counts = {"same": 0, "different": 0, "skipped": 0}
-    for case in CASES:
+    for case in CASES.strip().splitlines():
         if args.only not in case or case.split()[0] not in present:
             counts["skipped"] += 1
             continue
         with tempfile.TemporaryDirectory() as name:
-            place = Path(name)
-            before = run(args.before, case, directories, place / "before", [])
-            more = ["--threads", args.threads]
-            after = run(args.after, case, directories, place / "after", more)
-            found = compare(before, after, args.tolerance)
+            before = run(args.before, case, directories, Path(name, "before"))
+            later = "--threads", args.threads
+            after = run(args.after, case, directories, Path(name, "after"), *later)
+            found = list(compare(before, after, args.tolerance))
         counts["different" if found else "same"] += 1
         if found:
             print(f"{case}\n    " + "\n    ".join(found), flush=True)

@@ -8,7 +8,7 @@ sky_truth.tsv            its sources, as `sky.simulate` knows them
 sky_mask.fits            1 in the rectangles MASK_BOXES around the bright stars, else 0
 kernel.conv              Gaussian of KERNEL_FWHM pixels in SExtractor's filter format
 stack.fits               extensions SCI, a cube of three planes: stars, sky alone, the same stars
-                         twice as bright; ERR, the noise of a pixel; DQ, 1 in STACK_BOX
+                         twice as bright; ERR, the noise of a pixel; DQ, 1 around the first star
 mosaic.fits              stars, one of them saturated, three on a bad column; 0 in that column, and
                          where the mosaic ends
 empty.fits               sky alone
@@ -32,8 +32,6 @@ from sky import grid_positions, random_sources, simulate, stars, tan_wcs, vstack
 
 SEED = 20240
 SHAPE = (360, 360)
-NOISE = 0.001  # nanomaggy, of a pixel
-NUMBER = 80
 
 # XMIN XMAX YMIN YMAX, ends included, 0-based: what --mask-box takes, once for each.
 MASK_BOXES = ((4, 140, 215, 351), (232, 351, 12, 130))
@@ -41,47 +39,23 @@ MASK_BOXES = ((4, 140, 215, 351), (232, 351, 12, 130))
 KERNEL_SIZE = 5
 KERNEL_FWHM = 3.0
 
-PICTURE_ROWS = slice(240, 640)
-PICTURE_COLUMNS = slice(300, 700)
 STACK_SHAPE = (96, 128)
 STACK_FLUXES = (2000.0, 0.0, 4000.0)  # of each star, by plane
 STACK_NOISE = 2.0
-STACK_BOX = (0, 31, 0, 31)  # around the first star
-EMPTY_SHAPE = (80, 96)
-MOSAIC_END = 92  # its first column without data
-BAD_COLUMN = 48
-SATURATION = 4000
-
-LUMINANCE = (0.299, 0.587, 0.114)  # of R, G, B: ITU-R BT.601
 
 
 def sky():
     """Image of SHAPE in nanomaggies, its header, and its truth table."""
-    psf = {"fwhm": 3.6, "beta": 3.0}
-    faint = random_sources(
-        SHAPE,
-        NUMBER,
-        seed=SEED,
-        flux=(0.25, 12.0),
-        slope=0.7,
-        galaxy_fraction=0.6,
-        radius=(1.0, 4.0),
-        **psf,
-    )
+    kinds = {"galaxy_fraction": 0.6, "radius": (1.0, 4.0), "fwhm": 3.6, "beta": 3.0}
+    faint = random_sources(SHAPE, 80, seed=SEED, flux=(0.25, 12.0), slope=0.7, **kinds)
     centres = [72.3, 291.8], [283.6, 71.2]
     bright = stars(*centres, [900.0, 500.0], fwhm=6.0, beta=2.5)
     halos = stars(*centres, [450.0, 320.0], fwhm=70.0, beta=5.0)
     halos["kind"] = "halo"
     wcs = tan_wcs(SHAPE, ra=186.445, dec=12.662, scale=0.262)
-    image, truth = simulate(
-        SHAPE,
-        vstack([bright, halos, faint]),
-        seed=SEED + 1,
-        level=0.0005,
-        gradient=(0.0005, 0.0003),
-        noise=NOISE,
-        wcs=wcs,
-    )
+    sources = vstack([bright, halos, faint])
+    levels = {"level": 0.0005, "gradient": (0.0005, 0.0003), "noise": 0.001}
+    image, truth = simulate(SHAPE, sources, seed=SEED + 1, wcs=wcs, **levels)
     header = wcs.to_header()
     header["BUNIT"] = ("nanomaggy", "1 nanomaggy is 22.5 mag (AB)")
     header["BAND"] = ("g", "that the levels are like")
@@ -116,17 +90,12 @@ def stack():
         simulate(STACK_SHAPE, stars(x, y, flux), seed=SEED + i, level=100.0, noise=STACK_NOISE)[0]
         for i, flux in enumerate(STACK_FLUXES)
     ]
-    xmin, xmax, ymin, ymax = STACK_BOX
+    noise = np.full(STACK_SHAPE, STACK_NOISE, np.float32)
     quality = np.zeros(STACK_SHAPE, np.uint8)
-    quality[ymin : ymax + 1, xmin : xmax + 1] = 1
-    return fits.HDUList(
-        [
-            fits.PrimaryHDU(),
-            fits.ImageHDU(np.stack(planes), name="SCI"),
-            fits.ImageHDU(np.full(STACK_SHAPE, STACK_NOISE, np.float32), name="ERR"),
-            fits.ImageHDU(quality, name="DQ"),
-        ]
-    )
+    quality[:32, :32] = 1  # around the first star
+    parts = {"SCI": np.stack(planes), "ERR": noise, "DQ": quality}
+    extensions = (fits.ImageHDU(pixels, name=name) for name, pixels in parts.items())
+    return fits.HDUList([fits.PrimaryHDU(), *extensions])
 
 
 def mosaic():
@@ -135,47 +104,42 @@ def mosaic():
     flux = np.full(len(x), STACK_FLUXES[0])
     flux[4] *= 30
     image, _ = simulate(STACK_SHAPE, stars(x, y, flux), seed=SEED, level=100.0, noise=STACK_NOISE)
-    image = np.rint(np.minimum(image, SATURATION)).astype(np.int16)
-    image[:, MOSAIC_END:] = image[:, BAD_COLUMN] = 0
-    return image, fits.Header({"SATURATE": SATURATION})
+    saturation, bad_column, end = 4000, 48, 92
+    image = np.rint(np.minimum(image, saturation)).astype(np.int16)
+    image[:, end:] = image[:, bad_column] = 0
+    return image, fits.Header({"SATURATE": saturation})
 
 
 def picture():
-    """Part of the Hubble Deep Field in grey, (400, 400) uint8."""
-    colours = hubble_deep_field()[PICTURE_ROWS, PICTURE_COLUMNS]
-    return np.rint(colours @ LUMINANCE).astype(np.uint8)
+    """Part of the Hubble Deep Field in grey by ITU-R BT.601, (400, 400) uint8."""
+    colours = hubble_deep_field()[240:640, 300:700]
+    return np.rint(colours @ (0.299, 0.587, 0.114)).astype(np.uint8)
 
 
 def main(argv=None):
     """Write all files."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "directory",
-        nargs="?",
-        type=Path,
-        default=Path(__file__).resolve().parents[2] / "test-data",
-        help="where to (%(default)s)",
-    )
+    here = Path(__file__).resolve().parents[2] / "test-data"
+    parser.add_argument("directory", nargs="?", type=Path, default=here, help="(%(default)s)")
     directory = parser.parse_args(argv).directory
     directory.mkdir(parents=True, exist_ok=True)
 
+    def write(name, image, header=None):
+        fits.writeto(directory / name, image, header, overwrite=True)
+
     image, header, truth = sky()
-    fits.writeto(directory / "sky.fits", image, header, overwrite=True)
+    write("sky.fits", image, header)
     truth.write(directory / "sky_truth.tsv", format="ascii.tab", overwrite=True)
-    fits.writeto(directory / "sky_mask.fits", *mask(), overwrite=True)
+    write("sky_mask.fits", *mask())
     (directory / "kernel.conv").write_text(kernel())
     stack().writeto(directory / "stack.fits", overwrite=True)
-    fits.writeto(directory / "mosaic.fits", *mosaic(), overwrite=True)
-    empty, _ = simulate(EMPTY_SHAPE, stars([], [], []), seed=SEED, level=100.0, noise=STACK_NOISE)
-    fits.writeto(directory / "empty.fits", empty, overwrite=True)
-    tifffile.imwrite(
-        directory / "hubble_deep_field.tiff",
-        picture(),
-        compression="zlib",
-        predictor=True,
-        metadata=None,
-        description="Hubble Deep Field, part of; R. Williams and the HDF team (STScI) and NASA",
-    )
+    write("mosaic.fits", *mosaic())
+    conditions = {"seed": SEED, "level": 100.0, "noise": STACK_NOISE}
+    write("empty.fits", simulate((80, 96), stars([], [], []), **conditions)[0])
+    told = "Hubble Deep Field, part of; R. Williams and the HDF team (STScI) and NASA"
+    packing = {"compression": "zlib", "predictor": True, "metadata": None}
+    path = directory / "hubble_deep_field.tiff"
+    tifffile.imwrite(path, picture(), description=told, **packing)
     return 0
 
 

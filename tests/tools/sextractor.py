@@ -34,19 +34,13 @@ SETTINGS = {
 }
 
 
-def configured(directory, columns, **settings):
+def configured(directory, columns, kernel=KERNEL, **settings):
     """Write SExtractor's files into a directory; return the command, to which an image is added.
 
-    Parameters
-    ----------
-    directory : Path
-    columns : iterable of str
-        Of its catalogue.
-    **settings
-        Beside those that make it work as the tool does.
+    Its catalogue gets these columns; the settings are added to those that make it work as the tool.
     """
     (directory / "columns.param").write_text("\n".join(columns) + "\n")
-    (directory / "default.conv").write_text(KERNEL)
+    (directory / "default.conv").write_text(kernel)
     settings |= {
         "PARAMETERS_NAME": directory / "columns.param",
         "FILTER_NAME": directory / "default.conv",

@@ -28,6 +28,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -68,13 +69,7 @@ def detect(image, *options, header=None):
 
 
 def match(catalog, truth, radius):
-    """Pair the rows that are each other's nearest, within `radius` pixels.
-
-    Returns
-    -------
-    i, j : int arrays
-        Row numbers in the one and in the other.
-    """
+    """Return the row numbers in both of those that are each other's nearest, within `radius`."""
     there, distance = nearest(catalog, truth)
     back, _ = nearest(truth, catalog)
     i = np.flatnonzero((back[there] == np.arange(len(catalog))) & (distance <= radius))
@@ -82,19 +77,9 @@ def match(catalog, truth, radius):
 
 
 def nearest(points, others):
-    """Find for each of the points the nearest of the others.
+    """Return for each of the points the row number of the nearest of the others, and how far it is.
 
-    Parameters
-    ----------
-    points, others : table or mapping
-        With the columns x and y, in pixels.
-
-    Returns
-    -------
-    index : int array
-        Row numbers in `others`.
-    distance : array
-        In pixels.
+    Both are tables or mappings with the columns x and y, in pixels.
     """
     x, y = np.asarray(others["x"]), np.asarray(others["y"])
     index, distance = np.empty(len(points["x"]), int), np.empty(len(points["x"]))
@@ -119,9 +104,10 @@ def noise_area(source):
     return 1 / np.sum(profile.astype(float) ** 2)
 
 
-def isolated(make, *, shape=(1536, 1536), spacing=48, seed=1, gain=None, **conditions):
+def isolated(make, *, seed, gain=None, **conditions):
     """Make a sky of one kind of source, S/N 5 to 500, far from each other."""
-    x, y = grid_positions(shape, spacing, seed=seed)
+    shape = (1536, 1536)
+    x, y = grid_positions(shape, 48, seed=seed)
     noise = np.sqrt(1 + 100 / gain) if gain else 1.0
     snr = 5 * 100 ** np.random.default_rng(seed).random(len(x))
     flux = snr * noise * np.sqrt(noise_area(make(0.0, 0.0, 1.0)))
@@ -129,8 +115,9 @@ def isolated(make, *, shape=(1536, 1536), spacing=48, seed=1, gain=None, **condi
     return Sky(shape, make(x, y, flux), conditions, ("--gain", gain) if gain else ())
 
 
-def crowded(pixels_per_source, *, shape=(1024, 1024), seed=1):
+def crowded(pixels_per_source, *, seed):
     """Make a sky of stars and galaxies at random places."""
+    shape = (1024, 1024)
     number = shape[0] * shape[1] // pixels_per_source
     flux = np.array([5, 500]) * np.sqrt(noise_area(stars(0.0, 0.0, 1.0, fwhm=FWHM)))
     sources = random_sources(shape, number, seed=seed, flux=flux, fwhm=FWHM)
@@ -149,24 +136,19 @@ def sersic(n):
     return lambda *source: galaxies(*source, n=n, a=3.0, b=1.8, theta=0.5, fwhm=FWHM)
 
 
+# Functions of a seed.
 SKIES = {
-    PINNED: lambda seed: isolated(gaussian, seed=seed),
-    "isolated Moffat stars (beta 3)": lambda seed: isolated(moffat, seed=seed),
-    "isolated Sersic galaxies, n = 1": lambda seed: isolated(sersic(1), seed=seed),
-    "isolated Sersic galaxies, n = 4": lambda seed: isolated(sersic(4), seed=seed),
-    "Gaussian stars, gradient of 30 times the noise across": lambda seed: isolated(
-        gaussian, seed=seed, gradient=(30.0, -15.0)
+    PINNED: partial(isolated, gaussian),
+    "isolated Moffat stars (beta 3)": partial(isolated, moffat),
+    "isolated Sersic galaxies, n = 1": partial(isolated, sersic(1)),
+    "isolated Sersic galaxies, n = 4": partial(isolated, sersic(4)),
+    "Gaussian stars, gradient of 30 times the noise across": partial(
+        isolated, gaussian, gradient=(30.0, -15.0)
     ),
-    "Gaussian stars, correlated noise (FWHM 2)": lambda seed: isolated(
-        gaussian, seed=seed, noise_fwhm=2.0
-    ),
-    "Gaussian stars, Poisson noise (gain 2, sky 100)": lambda seed: isolated(
-        gaussian, seed=seed, gain=2.0
-    ),
+    "Gaussian stars, correlated noise (FWHM 2)": partial(isolated, gaussian, noise_fwhm=2.0),
+    "Gaussian stars, Poisson noise (gain 2, sky 100)": partial(isolated, gaussian, gain=2.0),
     **{
-        f"stars and galaxies, one in {pixels} pixels": lambda seed, pixels=pixels: crowded(
-            pixels, seed=seed
-        )
+        f"stars and galaxies, one in {pixels} pixels": partial(crowded, pixels)
         for pixels in (2500, 1000, 400)
     },
 }
@@ -211,42 +193,36 @@ def compare(catalog, truth):
     )
 
 
-def summarize(catalog, truth, bins=BINS):
-    """Return the table of a sky, with the columns that the head of this file explains."""
+# Columns of the table: how each is written, and what it is of the pairs within a range.
+COLUMNS = {
+    "x": ("{:.2f}", lambda pairs: spread(pairs[["x", "y"]])),
+    "xwin": ("{:.2f}", lambda pairs: spread(pairs[["xwin", "ywin"]])),
+    "bias": ("{:+.1%}", lambda pairs: pairs["flux"].median()),
+    "scatter": ("{:.1%}", lambda pairs: spread(pairs["flux"])),
+    "pull": ("{:.2f}", lambda pairs: spread(pairs["pull"])),
+    "flux_radius": ("{:.2f}", lambda pairs: pairs["flux_radius"].median()),
+    "fwhm": ("{:.2f}", lambda pairs: pairs["fwhm"].median()),
+}
+
+
+def summarize(catalog, truth, bins):
+    """Yield the rows of a sky as texts, with the columns that the head of this file explains."""
     pairs = compare(catalog, truth)
     real = pd.Series(False, index=catalog.index)
     real.iloc[match(catalog, truth, RADIUS)[0]] = True
-    rows = {}
     for low, high in pairwise(bins):
-        within = pairs[pairs["snr"].between(low, high, inclusive="left")]
-        total = truth["snr"].between(low, high, inclusive="left").sum()
-        rows[f"{low:g}-{high:g}"] = {
-            "sources": total,
-            "complete": len(within) / total if total else np.nan,
-            "pure": real[catalog["snr"].between(low, high, inclusive="left")].mean(),
-            "x": spread(within[["x", "y"]]),
-            "xwin": spread(within[["xwin", "ywin"]]),
-            "bias": within["flux"].median(),
-            "scatter": spread(within["flux"]),
-            "pull": spread(within["pull"]),
-            "flux_radius": within["flux_radius"].median(),
-            "fwhm": within["fwhm"].median(),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-FORMATS = {
-    "sources": "{:.0f}",
-    "complete": "{:.1%}",
-    "pure": "{:.1%}",
-    "x": "{:.2f}",
-    "xwin": "{:.2f}",
-    "bias": "{:+.1%}",
-    "scatter": "{:.1%}",
-    "pull": "{:.2f}",
-    "flux_radius": "{:.2f}",
-    "fwhm": "{:.2f}",
-}
+        ours, true, within = (
+            table["snr"].between(low, high, inclusive="left") for table in (catalog, truth, pairs)
+        )
+        complete = within.sum() / true.sum() if true.any() else np.nan
+        cells = [
+            f"{low:g}-{high:g}",
+            f"{true.sum()}",
+            f"{complete:.1%}",
+            f"{real[ours].mean():.1%}",
+        ]
+        cells += [form.format(value_of(pairs[within])) for form, value_of in COLUMNS.values()]
+        yield ["" if "nan" in cell else cell for cell in cells]
 
 
 def row_of(*cells):
@@ -262,19 +238,14 @@ def main(argv=None):
     parser.add_argument("--snr", type=float, nargs="+", default=BINS, help="ends of the ranges")
     args = parser.parse_args(argv)
     good = True
-    print(row_of("sky", "S/N", *FORMATS))
-    print("|---|---|" + "---:|" * len(FORMATS))
+    print(row_of("sky", "S/N", "sources", "complete", "pure", *COLUMNS))
+    print("|---|---|" + "---:|" * (len(COLUMNS) + 3))
     for name, make in SKIES.items():
         if args.words and not any(word in name for word in args.words):
             continue
-        catalog, truth = observe(make(args.seed), args.seed)
-        label = name
-        for snr, row in summarize(catalog, truth, args.snr).iterrows():
-            cells = [form.format(row[key]) for key, form in FORMATS.items()]
-            print(
-                row_of(label, snr, *("" if "nan" in cell else cell for cell in cells)), flush=True
-            )
-            label = ""
+        catalog, truth = observe(make(seed=args.seed), args.seed)
+        for number, cells in enumerate(summarize(catalog, truth, args.snr)):
+            print(row_of("" if number else name, *cells), flush=True)
         if name == PINNED:
             width = spread(compare(catalog, truth)["pull"])
             good = PULL_WIDTH[0] <= width <= PULL_WIDTH[1]
