@@ -11,7 +11,6 @@ are not there is skipped. Numbers are equal if they agree to `--tolerance` (rela
 """
 
 import argparse
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,62 +29,41 @@ ALL_PRODUCTS = (
     "-o products --subtracted products/subtracted.fits --catalog-fits products/catalog.fits"
     " --regions products/sources.reg --overview products/overview.png"
 )
-NOISE_MAP = "--err-option file --err-file decam_r_weight.fits.fz --err-type weight"
-NICMOS_ERRORS = (
-    "--err-option file --err-file hst_nicmos_mef.fits --err-hdu ERR"
-    " --mask hst_nicmos_mef.fits --mask-hdu DQ"
-)
-NUCLEI = (
-    "--bw 256 --bh 256 --minarea 30 --filter-case gaussian --filter-fwhm 4"
-    " --deblend-cont 0.0005 --thresh 2.5 --image-format tiff"
-)
-# A case a line; those whose image is not in test-data need another directory.
-CASES = f"""
-sky.fits
-sky.fits --mask sky_mask.fits
-sky.fits --mask sky_mask.fits --bridge 0
-sky.fits --mask sky_mask.fits --bridge 5 --background-passes 2
-sky.fits --err-option array_rms
-sky.fits --err-option array_rms --filter-type conv --mask sky_mask.fits
-sky.fits --err-option none --thresh 30
-sky.fits --background-passes 2
-sky.fits --bw 32 --bh 48 --fw 5 --fh 1 --fthresh 2
-sky.fits --gain 2.5 --saturation 2000
-sky.fits --no-clean --minarea 1 --thresh 1
-sky.fits --clean-param 0.3
-sky.fits --deblend-nthresh 1
-sky.fits --deblend-cont 0.0001 --deblend-nthresh 64
-sky.fits --filter-case none
-sky.fits --filter-case gaussian --filter-fwhm 4
-sky.fits --filter-case tophat --filter-fwhm 5
-sky.fits --filter-case file --filter-file kernel.conv
-sky.fits --aperture-diameters 5 7.5 12 --zeropoint 25
-sky.fits --kron-factor 2 --kron-min-radius 2
-sky.fits --mask-box 10 60 20 90 --mask-box 100 101 0 255
-sky.fits --image-format tiff
-sky.fits --measure-image sky.fits --err-option none --thresh 40
-sky.fits --thresh 1e6
-empty.fits
-mosaic.fits --blank 0
-mosaic.fits
-stack.fits --plane 1
-stack.fits --plane 0 --measure-image stack.fits --measure-plane 2
-stack.fits
-hubble_deep_field.tiff
-hubble_deep_field.tiff --thresh 3 --background-passes 2 --image-format tiff
-desi_legacy_g.fits
-desi_legacy_g.fits --background-passes 2 --err-option array_rms --aperture-diameters 6
-decam_r.fits.fz --mask decam_r_dq.fits.fz
-decam_r.fits.fz {NOISE_MAP} --mask decam_r_dq.fits.fz --mask-bits 1 2 4
-decam_r.fits.fz {NOISE_MAP} --filter-type conv
-emmi_field.fits --gain 1.5 --thresh 2
-hst_nicmos_mef.fits --hdu SCI {NICMOS_ERRORS}
-hst_nicmos_mef.fits --hdu ERR
-radio_4axes.fits
-nuclei_uint16.tif {NUCLEI}
-cells_lzw.tiff
-nuclei_uint16.tif --mask nuclei_labels.tif
-"""
+# For each image the sets of options, divided by strokes; some images need another directory.
+CASES = {
+    "sky.fits": """
+        / --mask sky_mask.fits / --mask sky_mask.fits --bridge 0
+        / --mask sky_mask.fits --bridge 5 --background-passes 2 / --background-passes 2
+        / --err-option array_rms / --err-option array_rms --filter-type conv --mask sky_mask.fits
+        / --err-option none --thresh 30 / --bw 32 --bh 48 --fw 5 --fh 1 --fthresh 2
+        / --gain 2.5 --saturation 2000 / --no-clean --minarea 1 --thresh 1 / --clean-param 0.3
+        / --deblend-nthresh 1 / --deblend-cont 0.0001 --deblend-nthresh 64
+        / --filter-case none / --filter-case gaussian --filter-fwhm 4
+        / --filter-case tophat --filter-fwhm 5 / --filter-case file --filter-file kernel.conv
+        / --aperture-diameters 5 7.5 12 --zeropoint 25 / --kron-factor 2 --kron-min-radius 2
+        / --mask-box 10 60 20 90 --mask-box 100 101 0 255 / --image-format tiff / --thresh 1e6
+        / --measure-image sky.fits --err-option none --thresh 40""",
+    "empty.fits": "",
+    "mosaic.fits": "/ --blank 0",
+    "stack.fits": "/ --plane 1 / --plane 0 --measure-image stack.fits --measure-plane 2",
+    "hubble_deep_field.tiff": "/ --thresh 3 --background-passes 2 --image-format tiff",
+    "desi_legacy_g.fits": """
+        / --background-passes 2 --err-option array_rms --aperture-diameters 6""",
+    "decam_r.fits.fz": """--mask decam_r_dq.fits.fz
+        / --err-option file --err-file decam_r_weight.fits.fz --err-type weight
+          --mask decam_r_dq.fits.fz --mask-bits 1 2 4
+        / --err-option file --err-file decam_r_weight.fits.fz --err-type weight
+          --filter-type conv""",
+    "emmi_field.fits": "--gain 1.5 --thresh 2",
+    "hst_nicmos_mef.fits": """--hdu ERR
+        / --hdu SCI --err-option file --err-file hst_nicmos_mef.fits --err-hdu ERR
+          --mask hst_nicmos_mef.fits --mask-hdu DQ""",
+    "radio_4axes.fits": "",
+    "nuclei_uint16.tif": """--mask nuclei_labels.tif
+        / --bw 256 --bh 256 --minarea 30 --filter-case gaussian --filter-fwhm 4
+          --deblend-cont 0.0005 --thresh 2.5 --image-format tiff""",
+    "cells_lzw.tiff": "",
+}
 
 
 def run(script, case, directories, place, *more):
@@ -93,7 +71,7 @@ def run(script, case, directories, place, *more):
     place.mkdir()
     for path in (path for directory in directories for path in directory.iterdir()):
         (place / path.name).symlink_to(path.resolve())
-    words = [*shlex.split(case), *ALL_PRODUCTS.split(), *more]
+    words = [*case, *ALL_PRODUCTS.split(), *more]
     command = [sys.executable, script.resolve(), *words]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     said = {"exit code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
@@ -170,8 +148,9 @@ def main():
     directories = [ROOT / "test-data", *([args.data] if args.data else [])]
     present = {path.name for directory in directories for path in directory.iterdir()}
     counts = {"same": 0, "different": 0, "skipped": 0}
-    for case in CASES.strip().splitlines():
-        if args.only not in case or case.split()[0] not in present:
+    cases = [f"{name} {words}".split() for name in CASES for words in CASES[name].split("/")]
+    for case in cases:
+        if args.only not in " ".join(case) or case[0] not in present:
             counts["skipped"] += 1
             continue
         with tempfile.TemporaryDirectory() as name:
@@ -181,7 +160,7 @@ def main():
             found = list(compare(before, after, args.tolerance))
         counts["different" if found else "same"] += 1
         if found:
-            print(f"{case}\n    " + "\n    ".join(found), flush=True)
+            print(" ".join(case) + "\n    " + "\n    ".join(found), flush=True)
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
     return counts["different"] > 0
 
