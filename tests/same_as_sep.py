@@ -88,7 +88,7 @@ def rank(found, minarea):
     return sorted(found[:minarea] + found[minarea + 1 :])[-minarea]
 
 
-def clean_plainly(objects, labels, light, margin, minarea=5, beta=1.0, ranked=rank):
+def clean_plainly(objects, labels, light, margin, minarea=5, beta=1.0):
     """Clean as SExtractor does, pair by pair."""
     profiles = []
     for i, one in enumerate(objects):
@@ -101,7 +101,7 @@ def clean_plainly(objects, labels, light, margin, minarea=5, beta=1.0, ranked=ra
         filling = min(drop / (2 * np.log(ratio if ratio < 1 else 0.99) * area), 1)
         height = one["cflux"] / (2 * area * filling)
         alpha = ((height / one["thresh"]) ** (1 / beta) - 1) * area / one["npix"]
-        profiles.append((height, alpha, ranked(as_found(margin, own), minarea)))
+        profiles.append((height, alpha, rank(as_found(margin, own), minarea)))
     alive = np.ones(len(objects), bool)
     for i, one in enumerate(objects):
         if not alive[i]:

@@ -10,12 +10,17 @@ import sep
 import tifffile
 from astropy.io import fits
 
-import source_extractor
 from common import SHAPE, SKY, Run
 from contract import SEP_FIELDS
 from same_as_sep import DEFAULT_KERNEL, assert_same, assert_subtracted, direct
 from sky import blobs, galaxies, random_sources, simulate, stars, vstack
-from source_extractor import BackgroundSettings, ExtractionSettings, Method, subtract_background
+from source_extractor import (
+    BackgroundSettings,
+    ExtractionSettings,
+    Method,
+    make_kernel,
+    subtract_background,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +48,7 @@ def table(result):
     return result.catalog[SEP_FIELDS]
 
 
-# ---------------------------------------------------------------------------------------------
 # The same as SEP
-# ---------------------------------------------------------------------------------------------
 
 OPTIONS = {
     "--thresh 4": {"thresh": 4.0},
@@ -55,6 +58,8 @@ OPTIONS = {
     "--err-option none --thresh 5.5": {"noise": "none", "thresh": 5.5},
     "--filter-type conv": {"filter_type": "conv"},
     "--filter-case none": {"filter_kernel": None},
+    "--filter-case gaussian --filter-fwhm 3": {"filter_kernel": make_kernel("gaussian", 3, None)},
+    "--filter-case tophat --filter-fwhm 4.7": {"filter_kernel": make_kernel("tophat", 4.7, None)},
     "--minarea 25": {"minarea": 25},
     "--minarea 1 --thresh 2": {"minarea": 1, "thresh": 2.0},
     "--gain 2": {"gain": 2.0},
@@ -124,18 +129,7 @@ def test_kernel_from_a_file_filters_as_in_sep(run, write, with_kernel, field, ke
     assert_same(run(write(corner), *options), expected)
 
 
-@pytest.mark.parametrize(
-    ("case", "fwhm"), [("gaussian", 0.01), ("gaussian", 3), ("tophat", 1), ("tophat", 4.7)]
-)
-def test_made_kernel_filters_as_in_sep(run, write, field, case, fwhm):
-    kernel = source_extractor.make_kernel(case, fwhm, None)
-    expected = direct(field, filter_kernel=kernel)
-    assert_same(run(write(field), "--filter-case", case, "--filter-fwhm", fwhm), expected)
-
-
-# ---------------------------------------------------------------------------------------------
 # What SEP would refuse, or take for something else
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "u4", "i8", ">f4", ">f8", "f2"])
@@ -216,9 +210,7 @@ def test_a_value_too_large_to_sum_is_masked(run, write, stars, value):
     pd.testing.assert_frame_equal(result.catalog, expected)
 
 
-# ---------------------------------------------------------------------------------------------
 # Nothing to measure, nothing to find
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -297,9 +289,7 @@ def test_bright_pixel_of_a_single_row_is_found(run, write):
     assert found[["xpeak", "ypeak", "npix"]].to_numpy().tolist() == [[33, 0, 1]]
 
 
-# ---------------------------------------------------------------------------------------------
 # SEP's internal limits
-# ---------------------------------------------------------------------------------------------
 
 
 def test_more_pixels_than_seps_buffer_are_extracted(run, write):
@@ -320,19 +310,18 @@ def test_more_sub_objects_than_seps_limit_are_deblended(run, write):
     profile = np.exp(-(phase**2) / 2)
     image = np.pad(10 + 50 * np.outer(profile, profile), 64)  # stars on a plateau
     image = (image + np.random.default_rng(0).normal(0, 0.1, image.shape)).astype(np.float32)
-    options = "--err-option none --thresh 5 --filter-case none --deblend-cont 0 --bw 1000 --bh 1000"
-    result = run(write(image), *options.split(), "-v")
+    options = "--err-option none --thresh 5 --filter-case none --deblend-cont 0 --deblend-nthresh 4"
+    result = run(write(image), *options.split(), "--bw", 1000, "--bh", 1000, "-v")
     assert re.search("sub-objects.*grown to 4096", result.out)
     sep.set_sub_object_limit(16_000)
     keywords = {"noise": "none", "thresh": 5.0, "filter_kernel": None, "deblend_cont": 0.0}
-    expected = direct(image, mesh={"bw": 1000, "bh": 1000}, **keywords)
+    mesh = {"bw": 1000, "bh": 1000}
+    expected = direct(image, mesh=mesh, deblend_nthresh=4, **keywords)
     assert_same(result, expected)
     assert len(expected[2]) == 34**2
 
 
-# ---------------------------------------------------------------------------------------------
 # Scales and pedestals that float32 can't take
-# ---------------------------------------------------------------------------------------------
 
 FLUXES = ["thresh", "cflux", "flux", "cpeak", "peak"]
 MEASURED_FLUXES = ["flux_auto", "fluxerr_auto", "flux_aper_6", "fluxerr_aper_6"]
@@ -384,9 +373,7 @@ def test_scale_and_pedestal_do_not_matter(run, write, stars, option, factor, ped
     np.testing.assert_allclose(scaled_level / factor - pedestal, level, atol=1e-2)
 
 
-# ---------------------------------------------------------------------------------------------
 # Background in two passes
-# ---------------------------------------------------------------------------------------------
 
 
 def test_second_pass_takes_a_big_galaxy_and_a_bright_star_out_of_the_background(run, write):
@@ -440,9 +427,7 @@ def test_every_pass_masks_what_has_no_noise(stars, passes):
     assert np.count_nonzero(mask) == mask[block].size
 
 
-# ---------------------------------------------------------------------------------------------
 # How deep a noise image goes with a matched filter
-# ---------------------------------------------------------------------------------------------
 
 DEEPER = re.compile(r"warning: .* goes ([\d.]+) times deeper.*, and ([\d.]+) as ")
 
@@ -476,9 +461,7 @@ def test_other_filtering_goes_no_deeper_and_says_nothing(run, write, stars, opti
     assert run(write(stars), *options.split()).err == ""
 
 
-# ---------------------------------------------------------------------------------------------
 # Any image
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(20))
