@@ -111,45 +111,32 @@ def test_the_cuts_of_the_overlay_survive_nan_and_a_bright_star(run, write):
     assert high - low > 0.15
 
 
-MASKED = np.s_[20:60, 100:150]  # of SHAPE
-
-
-def masked_in(way, write):
-    """Return the options and the image of blobs, a part of which is masked in one of many ways."""
-    image, options = blobs(SHAPE, (40, 30), (60, 80), (140, 100), peak=200), ["--thresh", 8]
-    mask = np.zeros(SHAPE, bool)
-    mask[MASKED] = True
-    if way == "box":
-        options += ["--mask-box", 100, 149, 20, 59]
-    elif way == "file":
-        options += ["--mask", write(mask.astype(np.uint8), "mask.fits")]
-    elif way == "noise":
-        noise = write(np.where(mask, 0, 1).astype(np.float32), "noise.fits")
-        options += ["--err-option", "file", "--err-file", noise, "--filter-type", "conv"]
-    elif way == "nan":
-        image[MASKED] = np.nan
-    return [write(image, f"image-{way}.fits"), *options]
-
-
 def test_only_masked_pixels_are_tinted_blue_and_the_title_tells_of_them(run, write):
+    image, mask = blobs(SHAPE, (40, 30), (60, 80), (140, 100), peak=200), np.zeros(SHAPE, np.uint8)
+    mask[20:60, 100:150] = 1
+    plain, nan = write(image), write(np.where(mask, np.float32(np.nan), image), "nan.fits")
+    noise = write((1 - mask).astype(np.float32), "noise.fits")
     titles = []
-    for way in ("no", "box", "file", "nan", "noise"):
-        result = run(*masked_in(way, write))
+    for masked, *words in (
+        (False, plain),
+        (True, plain, "--mask-box", 100, 149, 20, 59),
+        (True, plain, "--mask", write(mask, "mask.fits")),
+        (True, nan),
+        (True, plain, "--err-option", "file", "--err-file", noise, "--filter-type", "conv"),
+    ):
+        result = run(*words, "--thresh", 8)
         assert (len(result.catalog), result.err) == (3, "")
         picture = Picture(result.directory / "sources.png", SHAPE)
         titles.append(picture.title)
-        tinted = np.zeros(SHAPE, bool)
-        tinted[MASKED] = way != "no"
+        tinted = mask * masked > 0
         np.testing.assert_array_equal(picture.at(picture.blue), tinted)
         # The ellipses are red and the rest is grey.
         assert np.count_nonzero(picture.red) > 100
         assert ((picture.at(picture.colour) < 0.02) | tinted).mean() > 0.9
-        clear = (
-            picture.rgb[picture.rgb[..., 0] > picture.rgb[..., 2]] if way != "no" else picture.rgb
-        )
-        red, green, blue = np.moveaxis(clear, -1, 0)
+        rgb = picture.rgb[picture.rgb[..., 0] > picture.rgb[..., 2]] if masked else picture.rgb
+        red, green, blue = np.moveaxis(rgb, -1, 0)
         assert np.abs(green - blue).max() < 0.02
-        assert (red > green - 0.02).all() if way == "no" else (red >= green).all()
+        assert (red >= green if masked else red > green - 0.02).all()
     assert titles[0] > 50
     assert min(titles[1:]) > 1.5 * titles[0]
 

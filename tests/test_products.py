@@ -47,13 +47,8 @@ def test_products_go_to_the_working_directory_or_to_one_that_is_made(
 
 
 def test_explicit_paths_leave_nothing_in_the_output_directory(run, write, stars, tmp_path):
-    names = {
-        "--background": "level.fits",
-        "--rms": "noise.fits",
-        "--segmentation": "map.fits",
-        "--overlay": "picture",
-        "--catalog": "table.txt",
-    }
+    names = {"--background": "level.fits", "--rms": "noise.fits", "--segmentation": "map.fits"}
+    names |= {"--overlay": "picture", "--catalog": "table.txt"}
     own = tmp_path / "my own"
     result = run(write(stars), *(x for option in names for x in (option, own / names[option])))
     assert result.code == 0
@@ -168,13 +163,8 @@ def test_products_in_image_values_keep_the_unit_and_labels_have_none(nine):
 # History
 
 GIVEN = {
-    "image": "image.fits",
-    "plane": 0,
-    "mask_box": [[0, 1, 2, 3], [4, 5, 6, 7]],
-    "bw": 32,
-    "thresh": 2.25,
-    "gain": 3.0,
-    "clean": False,
+    **{"image": "image.fits", "plane": 0, "mask_box": [[0, 1, 2, 3], [4, 5, 6, 7]]},
+    **{"bw": 32, "thresh": 2.25, "gain": 3.0, "clean": False},
 }
 
 

@@ -80,9 +80,9 @@ def written(value):
         case bool() | np.bool_():
             return "yes" if value else "no"
         case float() | np.floating():
-            return f"{value:.3g}".replace("nan", "-")
+            return f"{value:.3g}"
         case _:
-            return str(value).replace("|", "/")
+            return str(value)
 
 
 def is_warned(ours, of=""):

@@ -8,29 +8,13 @@ import shutil
 PROGRAM = next(filter(None, map(shutil.which, ("source-extractor", "sex", "sextractor"))), None)
 KERNEL = "CONV NORM\n1 2 1\n2 4 2\n1 2 1\n"
 SETTINGS = {
-    "DETECT_MINAREA": 5,
-    "THRESH_TYPE": "RELATIVE",
-    "DETECT_THRESH": 1.5,
-    "ANALYSIS_THRESH": 1.5,
-    "FILTER": "Y",
-    "DEBLEND_NTHRESH": 32,
-    "DEBLEND_MINCONT": 0.005,
-    "CLEAN": "Y",
-    "CLEAN_PARAM": 1.0,
-    "MASK_TYPE": "CORRECT",
-    "WEIGHT_TYPE": "NONE",
-    "PHOT_AUTOPARAMS": "2.5, 3.5",
-    "PHOT_FLUXFRAC": 0.5,
-    "MAG_ZEROPOINT": 0.0,
-    "GAIN": 0.0,
-    "GAIN_KEY": "NONE",
-    "SATUR_LEVEL": 1e29,
-    "SATUR_KEY": "NONE",
-    "PIXEL_SCALE": 1.0,
-    "BACK_SIZE": 64,
-    "BACK_FILTERSIZE": 3,
-    "BACKPHOTO_TYPE": "GLOBAL",
-    "VERBOSE_TYPE": "QUIET",
+    **{"DETECT_MINAREA": 5, "DETECT_THRESH": 1.5, "ANALYSIS_THRESH": 1.5},
+    **{"THRESH_TYPE": "RELATIVE", "FILTER": "Y", "WEIGHT_TYPE": "NONE"},
+    **{"DEBLEND_NTHRESH": 32, "DEBLEND_MINCONT": 0.005, "CLEAN": "Y", "CLEAN_PARAM": 1.0},
+    **{"MASK_TYPE": "CORRECT", "PHOT_AUTOPARAMS": "2.5, 3.5", "PHOT_FLUXFRAC": 0.5},
+    **{"MAG_ZEROPOINT": 0.0, "GAIN": 0.0, "GAIN_KEY": "NONE", "PIXEL_SCALE": 1.0},
+    **{"SATUR_LEVEL": 1e29, "SATUR_KEY": "NONE", "VERBOSE_TYPE": "QUIET"},
+    **{"BACK_SIZE": 64, "BACK_FILTERSIZE": 3, "BACKPHOTO_TYPE": "GLOBAL"},
 }
 
 
