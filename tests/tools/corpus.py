@@ -18,9 +18,7 @@ from astropy.table import Table
 from files import patched_tiff, pillow_bytes, tiff_bytes
 from sky import blobs
 
-# ---------------------------------------------------------------------------------------------
 # Whole files
-# ---------------------------------------------------------------------------------------------
 
 
 def stars(shape=(40, 48)):
@@ -180,9 +178,7 @@ KERNELS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
 # Ways to spoil them
-# ---------------------------------------------------------------------------------------------
 
 
 def cut_short(content, rng):
@@ -266,9 +262,8 @@ def lie_in_directory(content, rng, giant=False):
     for _ in range(rng.choice((1, 1, 2, 4))):
         at, what = rng.choice(places), rng.randrange(6)
         if what == 0:
-            struct.pack_into(
-                order + "H", spoilt, at, rng.choice((256, 257, 258, 259, 262, 273, 277))
-            )
+            tag = rng.choice((256, 257, 258, 259, 262, 273, 277))
+            struct.pack_into(order + "H", spoilt, at, tag)
         elif what == 1:
             struct.pack_into(order + "H", spoilt, at + 2, rng.randrange(20))
         elif what == 2:

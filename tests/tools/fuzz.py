@@ -7,18 +7,16 @@ Each case is made from the seed and its number alone, and run in a process of it
 
 - files: a file of the corpus, mostly spoilt, as image, mask, noise, measure image or kernel;
 - options: any of them, with values within, at and beyond their bounds, and right and wrong files;
-- faults: a run that would replace older products is ended by a signal at any moment, or can't write
-  more than so much into a file or onto a disk, or has little memory.
+- faults: a run over older products is ended by a signal, or lacks room on disk, or memory.
 
-A case fails if the process crashes, takes more than 60 s, or a gigabyte more than it has before it
-begins; ends with another exit code than 0, 1 and 2; says anything on stderr but warnings and one
-error, a line each; calls an error a fault of its own; changes or leaves anything without success;
-or lacks a product that can be read, or leaves anything else beside them; of files also if it
-refuses a whole one. With a fault either all products are as they were, or as a run without it makes
-them, to the byte; SIGKILL may leave one hidden directory, beside which the next run must succeed.
+A case fails if the process crashes, takes more than 60 s or 1 GB, or ends with another exit code
+than 0, 1 and 2; if stderr holds anything but warnings and one error, a line each; if an error is
+called a fault of the tool; if anything is changed without success; or if a product can't be read,
+or something else is left. With a fault all products are as before, or as without it, to the byte;
+SIGKILL may leave one hidden directory, beside which the next run must succeed.
 
-Crafted files, of numbers that nobody but a fuzzer writes, may end otherwise, and are counted only.
-What failed is kept, with the arguments and what was said. At the end stands a table by kind.
+Crafted files, of numbers that nobody but a fuzzer writes, may end otherwise: they are counted only.
+What failed is kept, with the arguments and what was said.
 """
 
 import argparse
@@ -79,9 +77,7 @@ class End(NamedTuple):
     peak: int
 
 
-# ---------------------------------------------------------------------------------------------
 # Files
-# ---------------------------------------------------------------------------------------------
 
 OPTIONS = (
     *("", "", "", "--threads 2", "--background-passes 2", "--hdu 1", "--hdu SCI", "--plane 0"),
@@ -120,9 +116,7 @@ def case_of_files(files, rng, directory):
     return Case(f"{family}, {how}", [*arguments, *options, "-o", "products"], sound)
 
 
-# ---------------------------------------------------------------------------------------------
 # Options
-# ---------------------------------------------------------------------------------------------
 
 NUMBERS = (
     *("0", "1", "2", "3", "5", "7", "8", "50", "51", "64", "99", "100", "101", "1024", "1025"),
@@ -149,15 +143,12 @@ TOGETHER = (
 
 def shelf(files):
     """Return right and wrong files for options, by their names."""
-    image = stars()
-    noise = np.full(image.shape, 3.0)
+    image, noise = stars(), np.full(stars().shape, 3.0)
     arrays = {"image": image, "noise": noise, "negative": -noise, "zero": 0 * noise}
     arrays |= {"nan": noise * np.nan, "tiny": noise * 1e-300, "huge": noise * 1e300}
     arrays |= {"quality": (image > 90).astype("i2") * 6, "all": noise > 0, "small": image[:20]}
-    found = {
-        name: data.astype("u1") if data.dtype == bool else data for name, data in arrays.items()
-    }
-    found = {f"{name}.fits": fits_of(fits.PrimaryHDU(data)) for name, data in found.items()}
+    arrays["all"] = arrays["all"].astype("u1")
+    found = {f"{name}.fits": fits_of(fits.PrimaryHDU(data)) for name, data in arrays.items()}
     found["several.fits"] = files["FITS", "several.fits"]
     found |= {name: files["odd", name] for name in ("events.fits", "complex.tif", "text")}
     return found | {f"{name}.txt": text.encode("latin-1") for name, text in KERNELS.items()}
@@ -201,16 +192,12 @@ def case_of_options(files, rng, directory):
     return Case(f"{len(chosen)} options", arguments)
 
 
-# ---------------------------------------------------------------------------------------------
 # Faults
-# ---------------------------------------------------------------------------------------------
 
-REQUESTED = {
-    "--catalog-fits": "catalog.fits.gz",
-    "--regions": "sources.reg",
-    "--subtracted": "subtracted.fits",
-    "--overview": "overview.png",
-}
+REQUESTED = (
+    *("--catalog-fits", "products/catalog.fits.gz", "--regions", "products/sources.reg"),
+    *("--subtracted", "products/subtracted.fits", "--overview", "products/overview.png"),
+)
 SIGNALS = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGINT)
 
 
@@ -218,23 +205,23 @@ def case_of_faults(files, rng, directory):
     """Return a case that would succeed without its fault, with older products in place."""
     name = rng.choice(("f4.fits", "f4.fits.gz", "RICE_1-f4.fits", "wcs.fits"))
     (directory / name).write_bytes(files["FITS", name])
-    requested = [
-        word for option, path in REQUESTED.items() for word in (option, f"products/{path}")
-    ]
-    arguments = [name, "-v", "-o", "products", *requested, *rng.choice(([], ["--threads", "2"]))]
+    arguments = [name, "-v", "-o", "products", *REQUESTED, *rng.choice(([], ["--threads", "2"]))]
     fault = rng.choice((*SIGNALS, signal.SIGHUP, "file size", "disk", "memory"))
     match fault:
         case "file size":
             limits = {resource.RLIMIT_FSIZE: int(10 ** rng.uniform(2.5, 5.5))}
             return Case(fault, arguments, limits=limits)
         case "memory":
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            taken = pages * resource.getpagesize()
-            limits = {resource.RLIMIT_AS: taken + int(10 ** rng.uniform(5, 8.5))}
+            limits = {resource.RLIMIT_AS: bytes_in_use(0) + int(10 ** rng.uniform(5, 8.5))}
             return Case(fault, arguments, limits=limits)
         case "disk":
             return Case(fault, arguments, disk=60_000 + int(10 ** rng.uniform(3, 5.5)))
     return Case(fault.name, arguments, stop=fault)
+
+
+def bytes_in_use(column):
+    """Return the memory of this process, all that it has asked for (0) or what is in RAM (1)."""
+    return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
 
 
 @contextlib.contextmanager
@@ -292,9 +279,7 @@ def run_with_fault(case, rng, directory):
     return kind, end, fault
 
 
-# ---------------------------------------------------------------------------------------------
 # Running and judging
-# ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -345,7 +330,7 @@ def run(arguments, directory, limits=None, stop=None):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = bytes_in_use(1)
     while True:
         done, status, used = os.wait4(child, os.WNOHANG)
         seconds = time.monotonic() - start
@@ -359,10 +344,8 @@ def run(arguments, directory, limits=None, stop=None):
             os.waitpid(child, 0)
             return End("hang", seconds, 0)
         time.sleep(0.002)
-    peak = 1024 * used.ru_maxrss - before
-    if os.WIFSIGNALED(status):
-        return End(f"signal {os.WTERMSIG(status)}", seconds, peak)
-    return End(os.WEXITSTATUS(status), seconds, peak)
+    code = os.waitstatus_to_exitcode(status)
+    return End(f"signal {-code}" if code < 0 else code, seconds, 1024 * used.ru_maxrss - before)
 
 
 def fault_of_words(end, directory, stop=None):
