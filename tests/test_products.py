@@ -127,7 +127,9 @@ def test_fits_products_obey_the_standard(nine):
             hdus.verify("exception")
 
 
-@pytest.mark.parametrize(("pixels", "products"), [("u1", ">f4"), (">f4", ">f4"), (">f8", ">f8")])
+@pytest.mark.parametrize(
+    ("pixels", "products"), [("u1", ">f4"), (">i4", ">f4"), (">f4", ">f4"), (">f8", ">f8")]
+)
 def test_levels_are_float32_unless_the_image_is_float64(run, write, stars, pixels, products):
     result = run(write(stars.astype(pixels)))
     assert result.image("background").dtype == result.image("rms").dtype == products
