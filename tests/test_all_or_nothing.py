@@ -34,12 +34,8 @@ def old(tmp_path):
 FAILURES = {
     "mask of another shape": (1, ["--mask", "small.fits"]),
     "mask of everything": (1, ["--mask", "image.fits"]),
-    "mask that is no image": (1, ["--mask", "note.txt"]),
-    "mask that is not there": (1, ["--mask", "nowhere.fits"]),
     "kernel of even size": (1, ["--filter-case", "file", "--filter-file", "note.txt"]),
-    "box outside the image": (1, ["--mask-box", "1000", "1001", "0", "0"]),
     "no background box left": (1, ["--mask-box", "2", "159", "0", "119"]),
-    "plane that is not there": (1, ["--plane", "1"]),
     "target is a directory": (2, ["--catalog", "folder"]),
     "target becomes a directory": (1, ["--catalog", "new/x", "--rms", "new/x/rms.fits"]),
     "target is a device": (2, ["--overview", os.devnull]),
@@ -97,11 +93,9 @@ def test_a_directory_without_permission_costs_one_line(stars, capsys):
         for path in (place, place / "open", place / "image.fits"):
             path.chmod(0o777)
         before = tree(place)
+        products = "-o", place / "open", "--catalog", place / "locked" / "x"
         with no_root():
-            code = call(
-                place / "image.fits", "-o", place / "open", "--catalog", place / "locked" / "x"
-            )
-        assert code == 1
+            assert call(place / "image.fits", *products) == 1
         assert re.fullmatch(one_line("error", ".*locked.*"), capsys.readouterr().err)
         assert tree(place) == before
 
@@ -121,9 +115,8 @@ def test_a_product_that_can_not_be_put_in_place_takes_the_others_back(
 
     monkeypatch.setattr(os, "replace", refuse)
     assert call(image, *all_nine(old)) == 1
-    assert re.fullmatch(
-        one_line("error", r".*sources\.reg: can't be written.*"), capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert re.fullmatch(one_line("error", r".*sources\.reg: can't be written.*"), said)
     assert tree(old) == before
 
 
@@ -141,27 +134,46 @@ sys.exit(source_extractor.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", ["TERM", "INT", "HUP"])
-def test_a_run_that_is_killed_leaves_everything_as_it_was(write, stars, old, tmp_path, number):
-    number = signal.Signals[f"SIG{number}"]
-    image = write(stars)
-    before = tree(tmp_path)
-    command = [sys.executable, "-c", SLOW, image, "-q", *all_nine(old)]
-    with subprocess.Popen(
-        command,
-        cwd=SCRIPT.parent,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    ) as process:
+def kill_while_drawing(number, image, output):
+    """Send a signal to a run that is drawing; return its exit code, stderr, and hidden file."""
+    command = [sys.executable, "-c", SLOW, image, "-q", *all_nine(output)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def let_it_stop():  # in the background some signals are ignored
+        os.umask(0o002)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=SCRIPT.parent, preexec_fn=let_it_stop, **pipes) as process:
         assert process.stdout.readline() == "drawing\n"
-        assert tree(tmp_path) != before
+        (hidden,) = (path for path in output.iterdir() if path.name.startswith("."))
+        assert stat.S_IMODE(hidden.stat().st_mode) == 0o700  # for its owner alone
         process.send_signal(number)
         err = process.communicate(timeout=30)[1]
-    assert process.returncode in (-number, 128 + number)
+    return process.returncode, err, hidden
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_is_killed_leaves_everything_as_it_was(write, stars, old, tmp_path, number):
+    image = write(stars)
+    before = tree(tmp_path)
+    code, err, _ = kill_while_drawing(number, image, old)
+    assert code in (-number, 128 + number)
     assert "Traceback" not in err
     assert tree(tmp_path) == before
+
+
+def test_sigkill_leaves_one_hidden_directory_beside_which_the_next_run_succeeds(
+    write, stars, old, tmp_path
+):
+    image = write(stars)
+    before = tree(tmp_path)
+    _, _, left = kill_while_drawing(signal.SIGKILL, image, old)
+    assert {name: tree(tmp_path)[name] for name in before} == before
+    extract(image, *all_nine(old))
+    assert [path for path in old.iterdir() if path.name.startswith(".")] == [left]
+    assert tree(old).keys() - tree(left).keys() >= set(NINE)
+    assert not any(content.startswith(b"old") for content in tree(old).values())
 
 
 KILLED_WHILE_PUTTING_IN_PLACE = """
@@ -186,20 +198,6 @@ def test_a_signal_while_products_are_put_in_place_leaves_all_new_ones(write, sta
     assert (done.returncode, done.stderr) == (0, "")
     assert tree(old).keys() == set(NINE)
     assert not any(content.startswith(b"old") for content in tree(old).values())
-
-
-def test_the_hidden_directory_is_for_its_owner_alone(write, stars, old, tmp_path):
-    image, umask = write(stars), os.umask(0o002)
-    try:
-        command = [sys.executable, "-c", SLOW, image, "-q", *all_nine(old)]
-        with subprocess.Popen(command, cwd=SCRIPT.parent, stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            (hidden,) = (path for path in old.iterdir() if path.name.startswith("."))
-            mode = stat.S_IMODE(hidden.stat().st_mode)
-            process.terminate()
-    finally:
-        os.umask(umask)
-    assert mode == 0o700
 
 
 def test_a_product_keeps_the_mode_of_the_file_that_it_replaces(write, stars, old):
@@ -235,22 +233,6 @@ def test_a_run_after_one_that_was_stopped_is_a_run(write, stars, tmp_path, monke
     assert call(image, "-o", tmp_path / "products") == 0
 
 
-def test_sigkill_leaves_one_hidden_directory_which_is_in_nobodys_way(write, stars, old, tmp_path):
-    image = write(stars)
-    before = tree(tmp_path)
-    command = [sys.executable, "-c", SLOW, image, "-q", *all_nine(old)]
-    with subprocess.Popen(command, cwd=SCRIPT.parent, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        process.kill()
-    hidden = [path for path in old.iterdir() if path.name.startswith(".")]
-    assert len(hidden) == 1
-    assert {name: tree(tmp_path)[name] for name in before} == before
-    extract(image, *all_nine(old))
-    assert {path for path in old.iterdir() if path.name.startswith(".")} == set(hidden)
-    assert tree(old).keys() - tree(hidden[0]).keys() >= set(NINE)
-    assert not any(content.startswith(b"old") for content in tree(old).values())
-
-
 @contextmanager
 def largest_file(size):
     """Refuse, as a full disk would, to let any file grow beyond a size (bytes)."""
@@ -270,9 +252,7 @@ def test_no_room_to_unpack_an_image_is_not_taken_for_damage(run, write, stars):
 
 
 @pytest.mark.parametrize(
-    ("size", "options"),
-    [(2000, ()), (30_000, ()), (2000, ("--image-format", "tiff"))],
-    ids=["FITS", "PNG", "TIFF"],
+    ("size", "options"), [(2000, ()), (30_000, ()), (2000, ("--image-format", "tiff"))]
 )
 def test_a_full_disk_costs_one_line_and_leaves_everything_as_it_was(
     run, write, old, tmp_path, size, options

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from skimage.measure import label
@@ -41,9 +41,13 @@ def holes(shape):
     return mask
 
 
-@pytest.mark.parametrize("kernel", ["none", "default", "gaussian"])
-@pytest.mark.parametrize("noise", ["float_globalrms", "array_rms", "none"])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("kernel", "noise", "threads"),
+    [
+        *(("none", "float_globalrms", 3), ("none", "array_rms", 1), ("default", "none", 1)),
+        *(("default", "array_rms", 3), ("gaussian", "float_globalrms", 1), ("gaussian", "none", 3)),
+    ],
+)
 def test_batches_of_objects_change_nothing(monkeypatch, kernel, noise, threads):
     image = crowded_sky()
     kernel, mask = make_kernel(kernel, 6.0, None), holes(image.shape)
@@ -85,12 +89,12 @@ def sky(write):
 @pytest.mark.parametrize("options", [(), ("--err-option", "array_rms", "--background-passes", "2")])
 def test_products_are_the_same_for_any_number_of_processes(sky, tmp_path, options):
     written = []
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         output = tmp_path / f"by {threads}"
         assert call(sky, "-q", *all_nine(output), "--threads", threads, *options) == 0
         written.append({path.name: path.read_bytes() for path in output.iterdir()})
     assert set(written[0]) == NINE
-    assert all(others == written[0] for others in written[1:])
+    assert written[0] == written[1]
     assert not multiprocessing.active_children()
 
 
@@ -125,22 +129,14 @@ def test_a_process_that_is_killed_costs_one_line(run, sky, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def processes(marker):
-    """Return the numbers of the processes, by their parents', whose command line holds a text."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and str(marker) in (entry / "cmdline").read_text():
-                parent = re.search(r"^PPid:\s+(\d+)", (entry / "status").read_text(), re.MULTILINE)
-                found.setdefault(int(parent[1]), []).append(int(entry.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
+def processes(path):
+    """Return the processes whose command line holds a path."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
 
 
-def workers(process, marker):
-    """Return the numbers of the processes that share a run; that which tries a file is alone."""
-    children = processes(marker).get(process.pid, [])
+def workers(process):
+    """Return the processes that share a run; that which tries to open a file is alone."""
+    children = psutil.Process(process.pid).children()
     return children if len(children) > 1 else None
 
 
@@ -159,35 +155,31 @@ def noise(write):
     return write(np.random.default_rng(1).normal(size=(2000, 900)).astype(np.float32))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 @pytest.mark.parametrize("victim", ["parent by TERM", "parent by KILL", "child"])
 def test_a_killed_run_leaves_no_process_and_no_product(noise, tmp_path, victim):
     output = tmp_path / "products"
     command = [SCRIPT, noise, "-o", output, "--threads", "2", "--thresh", "0.3", "--minarea", "1"]
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
-    children = wait_for(lambda: workers(process, noise))
+    children = wait_for(lambda: workers(process))
     if victim == "child":
-        os.kill(children[0], signal.SIGKILL)
+        children[0].kill()
     else:
         process.send_signal(signal.SIGKILL if "KILL" in victim else signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == {"child": 1, "parent by TERM": 143}.get(victim, -signal.SIGKILL)
     assert re.fullmatch(ONE_ERROR if victim == "child" else "", errors)
     wait_for(lambda: not processes(noise))
-    left = list(output.iterdir())
-    assert (
-        all(path.name.startswith(".") for path in left) if victim == "parent by KILL" else not left
-    )
+    left = [path.name for path in output.iterdir()]
+    assert all(name.startswith(".") for name in left) if "KILL" in victim else not left
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_a_run_under_nohup_outlives_its_terminal(noise, tmp_path):
     output = tmp_path / "products"
-    command = ["nohup", sys.executable, SCRIPT, noise, "-q", "-o", output, "--threads", "2"]
-    command += ["--thresh", "1"]
+    options = "-q", "-o", output, "--threads", "2", "--thresh", "1"
+    command = ["nohup", sys.executable, SCRIPT, noise, *options]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **streams, start_new_session=True)
-    wait_for(lambda: workers(process, noise))
+    wait_for(lambda: workers(process))
     os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(60) == 0
     assert len(list(output.iterdir())) == 5

@@ -737,7 +737,7 @@ def test_pixels_take_nothing_of_the_memory_to_open_a_file(tmp_path, monkeypatch,
     if "TIFF" in form:
         tifffile.imwrite(path, image, compression="zlib" if "packed" in form else None)
     elif "tile" in form:
-        shape = image.shape if "one" in form else None
+        shape = image.shape if "one" in form else (500, 4000)
         fits.CompImageHDU(image, compression_type="GZIP_1", tile_shape=shape).writeto(path)
     else:
         fits.PrimaryHDU(image).writeto(path)

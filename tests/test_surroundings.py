@@ -14,6 +14,7 @@ import source_extractor
 from common import SCRIPT, all_nine, call, start, start_code, tree
 from contract import NINE
 from headers import cards
+from source_extractor import PRODUCTS
 
 WITHOUT_NETWORK = """
 import socket, sys
@@ -33,7 +34,6 @@ BEAM = {"BUNIT": "Jy/beam", "BMAJ": 3e-4, "BMIN": 2e-4}
 # That of the Earth needs tables of its rotation, which astropy would download.
 KINDS = {
     "old equator": ("RA---TAN", "DEC--TAN", {"RADESYS": "FK4", "EQUINOX": 1950.0}),
-    "galaxy": ("GLON-TAN", "GLAT-TAN", {}),
     "earth": ("TLON-TAN", "TLAT-TAN", {"DATE-OBS": "2031-01-01T00:00:00"}),
 }
 
@@ -65,19 +65,16 @@ def test_a_run_needs_no_home_display_or_locale_and_leaves_nothing(write, stars, 
     assert not list(scratch.iterdir())
 
 
-@pytest.mark.parametrize("line", ["text.usetex: True", "figure.facecolor: red", "nonsense"])
-def test_what_matplotlib_is_set_to_changes_no_picture(write, stars, tmp_path, line):
-    image = write(stars)
-    (tmp_path / "matplotlibrc").write_text(f"{line}\n")
+def test_what_matplotlib_is_set_to_changes_no_picture(write, stars, tmp_path):
+    image, settings = write(stars), "text.usetex: True\nfigure.facecolor: red\nnonsense\n"
+    (tmp_path / "matplotlibrc").write_text(settings)
     for number, place in enumerate((tmp_path, "/")):
         done = start(image, "-q", "-o", tmp_path / str(number), cwd=place)
         assert (done.returncode, done.stderr) == (0, "")
     assert tree(tmp_path / "0") == tree(tmp_path / "1")
 
 
-@pytest.mark.parametrize(
-    "name", ["a b", 'it\'s "so"', "x\ny", "Süd ☉", "$(touch y)", "-q", "*.fits"]
-)
+@pytest.mark.parametrize("name", ['it\'s "so" $(touch y)', "x\ny", "Süd ☉", "-q", "*.fits"])
 def test_a_path_may_hold_anything(write, stars, tmp_path, monkeypatch, capsys, name):
     odd = tmp_path / name
     odd.mkdir()
@@ -95,33 +92,29 @@ def test_a_path_may_hold_anything(write, stars, tmp_path, monkeypatch, capsys, n
 
 def test_two_runs_at_once_in_one_directory_do_not_meet(write, stars, tmp_path):
     image = write(stars)
-    option_of = source_extractor.option_of
-    names = [
-        [f"{option_of(name)}={name}{run}.x" for name in source_extractor.PRODUCTS] for run in "ab"
-    ]
-    command = [sys.executable, SCRIPT, image, "-q"]
-    runs = [subprocess.Popen([*command, *own], cwd=tmp_path) for own in names]
+    command, runs = [sys.executable, SCRIPT, image, "-q"], []
+    for run in "ab":
+        own = [f"{source_extractor.option_of(name)}={name}{run}.x" for name in PRODUCTS]
+        runs.append(subprocess.Popen([*command, *own], cwd=tmp_path))
     assert [run.wait(60) for run in runs] == [0, 0]
     for name in ("catalog", "overlay", "overview", "regions"):
         one, other = (Path(tmp_path, f"{name}{run}.x").read_bytes() for run in "ab")
         assert one == other
-    assert len(tree(tmp_path)) == 1 + 2 * len(source_extractor.PRODUCTS)
+    assert len(tree(tmp_path)) == 1 + 2 * len(NINE)
 
 
-@pytest.mark.parametrize(
-    "options", [(), ("--subtracted", "x/s.fits.gz", "--catalog-fits", "x/c.fits.gz")]
-)
-def test_products_are_the_same_to_the_byte_whoever_makes_them(write, stars, tmp_path, options):
-    image = write(stars, **cards(**BEAM))
-    made = []
-    for number, seed in (("1", "1"), ("2", "2"), ("3", "3")):
+def test_products_are_the_same_to_the_byte_whoever_makes_them(write, stars, tmp_path):
+    image, made = write(stars, **cards(**BEAM)), []
+    packed = "--subtracted", "x/s.fits.gz", "--catalog-fits", "x/c.fits.gz"
+    for number in ("1", "3"):
         place = tmp_path / number
         place.mkdir()
-        environment = os.environ | {"PYTHONHASHSEED": seed, "SOURCE_DATE_EPOCH": seed}
-        options_of_run = (*all_nine(Path("x")), *options, "--threads", number)
-        assert start(image, *options_of_run, cwd=place, env=environment).returncode == 0
+        environment = os.environ | {"PYTHONHASHSEED": number, "SOURCE_DATE_EPOCH": number}
+        options = (*all_nine(Path("x")), *packed, "--threads", number)
+        assert start(image, *options, cwd=place, env=environment).returncode == 0
         made.append(tree(place))
-    assert made[0] == made[1] == made[2]
+    assert len(made[0]) == len(NINE)
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize(
