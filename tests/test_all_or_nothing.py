@@ -35,6 +35,7 @@ FAILURES = {
     "mask of another shape": (1, ["--mask", "small.fits"]),
     "mask of everything": (1, ["--mask", "image.fits"]),
     "kernel of even size": (1, ["--filter-case", "file", "--filter-file", "note.txt"]),
+    "box outside the image": (1, ["--mask-box", "1000", "1001", "0", "0"]),
     "no background box left": (1, ["--mask-box", "2", "159", "0", "119"]),
     "target is a directory": (2, ["--catalog", "folder"]),
     "target becomes a directory": (1, ["--catalog", "new/x", "--rms", "new/x/rms.fits"]),

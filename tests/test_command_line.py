@@ -280,10 +280,10 @@ def test_the_report_tells_what_was_read_found_and_written(run, write, stars):
 
 
 def test_the_report_names_the_hdu_its_type_and_an_absolute_threshold(run, tmp_path, stars):
-    hdus = [fits.PrimaryHDU(), fits.ImageHDU(stars.astype(np.int16), name="SCI")]
+    hdus = [fits.PrimaryHDU(), fits.ImageHDU(stars.astype(np.int32), name="SCI")]
     fits.HDUList(hdus).writeto(tmp_path / "mef.fits")
     out = run(tmp_path / "mef.fits", "--err-option", "none", "--thresh", 12.5).out
-    assert "mef.fits[1] SCI: 160 x 120 int16" in out
+    assert "mef.fits[1] SCI: 160 x 120 int32" in out
     assert re.search(r"^threshold +12\.5 \(absolute\)$", out, re.MULTILINE)
 
 

@@ -19,7 +19,7 @@ FUZZ = Path(__file__).parent / "tools" / "fuzz.py"
 
 @pytest.mark.parametrize(
     ("kind", "seed", "cases"),
-    [("files", 100, 75), ("options", 100, 100), ("faults", 100, 20)],
+    [("files", 100, 75), ("options", 100, 80), ("faults", 100, 12)],
 )
 def test_whatever_comes_ends_in_good_order(tmp_path, kind, seed, cases):
     command = [sys.executable, FUZZ, kind, "--seed", seed, "--cases", cases, "--seconds", 600]
