@@ -25,42 +25,29 @@ def photons(rate):
     return np.random.default_rng(5).poisson(rate, SHAPE)
 
 
-# ---------------------------------------------------------------------------------------------
 # The level
-# ---------------------------------------------------------------------------------------------
-
-COUNTS = {
-    **{
-        f"noise {noise}, {part}": (gaussian, 100 + part, noise)
-        for noise in (1, 2, 4)
-        for part in (0.3, 0.5, 0.8)
-    },
-    **{f"{rate} photons": (photons, rate) for rate in (0.5, 1, 1.3, 2.5, 2.7, 5.4, 10.6)},
-}
 
 
-@pytest.mark.parametrize("kind", COUNTS)
-def test_the_level_of_counts_is_right_to_a_tenth(run, write, kind):
-    make, level, *noise = COUNTS[kind]
-    result = run(write(make(level, *noise).astype(np.int16)))
+@pytest.mark.parametrize(
+    ("level", "noise"),
+    [(100.5, 1), (100.3, 2), (100.8, 4), *((rate, None) for rate in (0.5, 1, 1.3, 2.7, 10.6))],
+)
+def test_the_level_of_counts_is_right_to_a_tenth(run, write, level, noise):
+    image = gaussian(level, noise) if noise else photons(level)
+    result = run(write(image.astype(np.int16)))
     assert result.code == 0
     assert result.image("background").mean() == pytest.approx(level, abs=0.13)
+    if level >= 1:
+        assert "have the value" not in result.err
 
 
-@pytest.mark.parametrize(("scale", "zero"), [(0.25, 0.0), (0.1, 500.0), (40.0, -7.0)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("scale", "zero", "dtype"), [(0.25, 0.0, "f4"), (0.1, 500.0, "f4"), (40.0, -7.0, "f8")]
+)
 def test_any_quantum_will_do(run, write, scale, zero, dtype):
     image = (gaussian(100.5, 2) * scale + zero).astype(dtype)
     level = (run(write(image)).image("background").mean() - zero) / scale
     assert level == pytest.approx(100.5, abs=0.1)
-
-
-def test_scaled_integers_are_as_good_as_floats(run, tmp_path):
-    hdu = fits.PrimaryHDU(gaussian(100.5, 2).astype(np.int16))
-    hdu.header["BSCALE"], hdu.header["BZERO"] = 0.003, 12.0
-    hdu.writeto(tmp_path / "scaled.fits")
-    level = run(tmp_path / "scaled.fits").image("background").mean()
-    assert (level - 12) / 0.003 == pytest.approx(100.5, abs=0.15)
 
 
 def test_fluxes_of_stars_on_counts_are_right(run, write):
@@ -89,9 +76,7 @@ def test_much_noise_or_no_quantum_leaves_all_to_sep(run, write, image):
     assert_same(run(write(image)), direct(image))
 
 
-# ---------------------------------------------------------------------------------------------
 # Sparse photons
-# ---------------------------------------------------------------------------------------------
 
 ADVICE = re.compile(
     one_line(
@@ -101,9 +86,7 @@ ADVICE = re.compile(
 )
 
 
-@pytest.mark.parametrize(
-    ("rate", "quantum"), [(0.01, 1), (0.03, 1), (0.1, 1), (0.1, 2.5), (0.3, 2.5), (0.6, 1)]
-)
+@pytest.mark.parametrize(("rate", "quantum"), [(0.01, 1), (0.1, 2.5), (0.6, 1)])
 @pytest.mark.parametrize("flux", [0, 60])
 def test_the_advice_finds_the_sources_and_no_others(run, write, tmp_path, rate, flux, quantum):
     shape = (600, 600)
@@ -123,14 +106,8 @@ def test_the_advice_finds_the_sources_and_no_others(run, write, tmp_path, rate, 
         assert len(catalog) - len(found) <= 0.01 * len(catalog)
 
 
-@pytest.mark.parametrize("rate", [1, 2, 30])
-def test_usable_counts_cost_no_warning(run, write, rate):
-    result = run(write(photons(rate).astype(np.int16)))
-    assert "have the value" not in result.err
-
-
 @pytest.mark.parametrize(
-    ("noise", "quantum", "level"), [(0.7, 1, 2), (0.8, 1, 2), (0.4, 1, 100), (0.6, 16, 1008)]
+    ("noise", "quantum", "level"), [(0.7, 1, 2), (0.4, 1, 100), (0.6, 16, 1008)]
 )
 def test_a_clean_frame_costs_no_warning_however_many_pixels_are_alike(
     run, write, noise, quantum, level
@@ -147,9 +124,14 @@ def test_a_clean_frame_costs_no_warning_however_many_pixels_are_alike(
     assert np.median(result.image("rms")) / quantum == pytest.approx(rounded, abs=0.05)
 
 
-def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
+def half_empty():
     image = np.random.default_rng(1).normal(100, 5, SHAPE).astype(np.float32)
     image[:, :230] = 0
+    return image
+
+
+def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
+    image = half_empty()
     result = run(write(image))
     assert re.search(one_line("warning", r"45 % of the image is exactly 0.0: .*"), result.err)
     assert "have the value" not in result.err
@@ -157,24 +139,21 @@ def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
     assert "have the value" not in masked.err
 
 
-@pytest.mark.parametrize("side", [64, 512])
-def test_an_image_of_two_values_ends_in_good_order(run, write, side):
-    y, x = np.indices((side, side))
-    disc = np.hypot(y - side / 2, x - side / 2) < side / 3
-    for name, image in (("disc.fits", disc), ("half.fits", y < side / 2)):
-        result = run(write(image.astype(np.uint8), name), "--bw", side // 2, "--bh", side // 2)
+def test_an_image_of_two_values_ends_in_good_order(run, write):
+    y, x = np.indices((64, 64))
+    for name, image in (("disc.fits", np.hypot(y - 32, x - 32) < 21), ("half.fits", y < 32)):
+        result = run(write(image.astype(np.uint8), name), "--bw", 32, "--bh", 32)
         assert result.code == 0 or re.search(one_line("error", ".*no noise.*"), result.err)
 
 
 def test_a_mask_that_leaves_only_padding_is_no_reason_to_fail(run, write):
-    image = np.random.default_rng(1).normal(100, 5, SHAPE).astype(np.float32)
-    image[:, :230] = 0
+    image = half_empty()
     mask = write((image != 0).astype(np.uint8), "mask.fits")
     result = run(write(image), "--mask", mask)
     assert re.search(one_line("warning", "the image is constant: no sources"), result.err)
 
 
-@pytest.mark.parametrize("rate", [0.03, 0.1, 0.2, 0.3, 0.7])
+@pytest.mark.parametrize("rate", [0.03, 0.3, 0.7])
 def test_the_level_of_sparse_photons_is_right_beside_sources(run, write, rate):
     x, y = grid_positions((500, 500), 50, seed=1)
     light, _ = simulate((500, 500), star_table(x, y, 200.0), level=rate, noise=0.0)

@@ -1,19 +1,16 @@
 """What a pixel is worth: quality bits, blank values, saturation."""
 
-import itertools
 import re
 
 import numpy as np
 import pytest
 import tifffile
 from astropy.io import fits
-from numpy.testing import assert_equal
 
 from common import SHAPE, rows_at
 from contract import one_line
 from same_as_sep import assert_same, direct
 from sky import random_sources, simulate, stars
-from source_extractor import padding_of
 
 BLOCK = np.s_[85:116, 10:56]  # holds the star at (30, 95) of the fixture, and no other
 
@@ -36,14 +33,14 @@ def quality(dtype, bit, others=0):
     return values.astype(dtype)
 
 
-TYPES = ("u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8")
-
-
-@pytest.mark.parametrize("form", ["fits", "fits.gz", "compressed", "tiff"])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        *(("u1", "fits.gz"), ("i1", "fits"), ("i2", "compressed"), ("u2", "fits")),
+        *(("i4", "tiff"), ("u4", "compressed"), ("i8", "fits"), ("u8", "fits"), ("u8", "tiff")),
+    ],
+)
 def test_any_bit_of_an_integer_of_any_type_masks(run, image, stars, tmp_path, dtype, form):
-    if form == "compressed" and dtype in ("i8", "u8"):
-        pytest.skip("no tile compression of 64 bits")
     path = tmp_path / f"mask.{form}"
     for bit in (0, 8 * np.dtype(dtype).itemsize - 1):
         values = quality(dtype, bit, others=2)
@@ -55,7 +52,7 @@ def test_any_bit_of_an_integer_of_any_type_masks(run, image, stars, tmp_path, dt
         else:
             fits.writeto(path, values, overwrite=True)
         result = run(image, "--mask", path, "--mask-bits", 1 << bit)
-        assert_same(result, direct(stars, mask=quality("u1", 0) > 0))
+        assert_same(result, direct(stars, mask=block()))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +68,8 @@ def test_values_and_their_sum_are_the_same(run, image, write, bits, masked):
         assert f"masked        {100 * part:.2f} %" in result.out
 
 
-@pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_bits_of_a_floating_point_mask_are_refused(run, image, write, dtype):
-    mask = write(np.ones(SHAPE, dtype), "mask.fits")
+def test_bits_of_a_floating_point_mask_are_refused(run, image, write):
+    mask = write(np.ones(SHAPE, "f4"), "mask.fits")
     result = run(image, "--mask", mask, "--mask-bits", 1)
     result.assert_refused("mask.fits", "whole numbers", "--mask-bits")
 
@@ -81,16 +77,13 @@ def test_bits_of_a_floating_point_mask_are_refused(run, image, write, dtype):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--mask-bits", 1),
-        ("--mask", "m.fits", "--mask-bits", 1, "--maskthresh", 0),
-        ("--mask", "m.fits", "--mask-bits", 0),
-        ("--mask", "m.fits", "--mask-bits", -1),
-        ("--mask", "m.fits", "--mask-bits", 2**64),
-        ("--mask", "m.fits", "--mask-bits"),
+        *("--mask-bits 1", "--mask m.fits --mask-bits", "--mask m.fits --mask-bits 0"),
+        *("--mask m.fits --mask-bits -1", f"--mask m.fits --mask-bits {2**64}"),
+        "--mask m.fits --mask-bits 1 --maskthresh 0",
     ],
 )
 def test_bits_are_above_0_and_need_a_mask_and_no_threshold(run, image, options):
-    result = run(image, *options)
+    result = run(image, *options.split())
     assert result.code == 2
     assert "--mask-bits" in result.err
 
@@ -114,7 +107,11 @@ def test_an_empty_sky_is_not_blamed_on_its_mask(run, write):
 # Blank values and padding
 
 SIDE = 480
-VALUES = (0, -32768, 1e30)
+
+
+def block():
+    """Return a mask of the block."""
+    return quality("u1", 0) > 0
 
 
 @pytest.fixture(scope="module")
@@ -127,24 +124,18 @@ def mosaic():
     return image, np.maximum(np.abs(0.8 * x + 0.6 * y), np.abs(0.8 * y - 0.6 * x)) > 0.36 * SIDE
 
 
-@pytest.mark.parametrize("value", VALUES)
-def test_blank_pixels_are_like_nan(run, write, mosaic, value):
+@pytest.mark.parametrize("value", [0, -32768, 1e30])
+def test_padding_costs_a_warning_with_its_value_and_as_blank_is_like_nan(run, write, mosaic, value):
     image, outside = mosaic
-    nan = run(write(np.where(outside, np.nan, image).astype("f4"))).catalog
     padded = write(np.where(outside, value, image).astype("f4"), "padded.fits")
+    said = r"(\d+) % of the image is exactly (\S+): .*\(--blank (\S+)\)"
+    ((part, told, again),) = re.findall(said, run(padded).err)
+    assert int(part) == round(100 * outside.mean())
+    assert float(told) == float(again) == value
+    nan = run(write(np.where(outside, np.nan, image).astype("f4"))).catalog
     result = run(padded, "--blank", -5, "--blank", value)
     assert result.catalog.equals(nan)
     assert "exactly" not in result.err
-
-
-@pytest.mark.parametrize("value", VALUES)
-def test_padding_costs_a_warning_with_its_value(run, write, mosaic, value):
-    image, outside = mosaic
-    result = run(write(np.where(outside, value, image).astype("f4")))
-    said = r"(\d+) % of the image is exactly (\S+): .*\(--blank (\S+)\)"
-    ((part, told, again),) = re.findall(said, result.err)
-    assert int(part) == round(100 * outside.mean())
-    assert float(told) == float(again) == value
 
 
 def test_blank_is_compared_with_scaled_values(run, tmp_path, stars):
@@ -152,19 +143,15 @@ def test_blank_is_compared_with_scaled_values(run, tmp_path, stars):
     stored[BLOCK] = 0
     fits.writeto(tmp_path / "image.fits", stored)  # stored as -32768, with BZERO
     result = run(tmp_path / "image.fits", "--blank", 0)
-    mask = np.zeros(SHAPE, bool)
-    mask[BLOCK] = True
-    assert_same(result, direct(stored.astype("f4"), mask=mask))
+    assert_same(result, direct(stored.astype("f4"), mask=block()))
 
 
 def test_blank_is_found_however_scaling_rounds(run, tmp_path, stars):
-    stored = np.rint(20 * stars).astype("i2")
-    stored[BLOCK] = -32768
-    hdu = fits.PrimaryHDU(stored)
+    hdu = fits.PrimaryHDU(np.where(block(), -32768, np.rint(20 * stars)).astype("i2"))
     hdu.header["BSCALE"], hdu.header["BZERO"] = 0.3525, 41.067
     hdu.writeto(tmp_path / "image.fits")
     result = run(tmp_path / "image.fits", "--blank", -11509.653)
-    assert f"({stored[BLOCK].size} pixels have no finite value)" in result.out
+    assert f"({block().sum()} pixels have no finite value)" in result.out
 
 
 def test_blank_is_compared_with_what_a_tiff_stores_in_which_0_is_white(run, tmp_path, stars):
@@ -172,9 +159,7 @@ def test_blank_is_compared_with_what_a_tiff_stores_in_which_0_is_white(run, tmp_
     stored[BLOCK] = 65535
     tifffile.imwrite(tmp_path / "image.tif", stored, photometric="miniswhite")
     result = run(tmp_path / "image.tif", "--blank", 65535)
-    mask = np.zeros(SHAPE, bool)
-    mask[BLOCK] = True
-    assert_same(result, direct(65535 - stored.astype("f4"), mask=mask))
+    assert_same(result, direct(65535 - stored.astype("f4"), mask=block()))
 
 
 @pytest.mark.parametrize("name", ["counts", "few counts", "constant", "noiseless", "core", "sky"])
@@ -197,44 +182,6 @@ def test_what_is_no_padding_costs_no_warning(run, write, name):
     assert "exactly" not in result.err
 
 
-def padding_by_every_pixel(image, mask):
-    """Return what is padding, by all blocks of 32 x 32 pixels, one by one; nan if nothing is.
-
-    It ends at pixels as high as all others: a background that is cut off ends at fainter ones.
-    """
-    border = np.r_[image[0], image[-1], image[:, 0], image[:, -1]]
-    values, counts = np.unique(border, return_counts=True)
-    if max(counts) < 32:
-        return np.nan
-    value = values[counts.argmax()]
-    corners = itertools.product(range(0, image.shape[0], 32), range(0, image.shape[1], 32))
-    blocks = [np.s_[y : y + 32, x : x + 32] for y, x in corners]
-    same = [image[block][~mask[block]] == value for block in blocks]
-    inside, outside = (np.array([np.sum(s == side) for s in same]) for side in (True, False))
-    padded, rare = (inside > 0) & (outside == 0), 9 * inside < outside
-    if padded.mean() <= 0.02 or 2 * rare.sum() <= (outside > 0).sum():
-        return np.nan
-    heights = np.sort(image[~mask & (image != value)] - value)
-    cut_off = heights[0] > 0 and np.percentile(heights, 5) < np.median(heights) / 2
-    return np.nan if cut_off else value
-
-
-def test_padding_is_found_whatever_is_masked_of_it():
-    rng, found = np.random.default_rng(2), []
-    for number in range(200):
-        shape = tuple(rng.integers(20, 400, 2))
-        image = rng.poisson(rng.choice([0.1, 3, 1000]), shape).astype(np.float32)
-        mask = rng.random(shape) < rng.choice([0, 0.1, 0.99])
-        for each in (image, image, mask):
-            y, x = (rng.integers(0, length) for length in shape)
-            each[y : y + rng.integers(1, 150), x : x + rng.integers(1, 150)] = each is mask
-        image[: number % 3] = 0
-        expected = padding_by_every_pixel(image, mask)
-        found.append(expected == 0)
-        assert_equal(padding_of(image, mask), expected)
-    assert 20 < sum(found) < 180
-
-
 def test_a_background_that_is_cut_off_at_0_is_no_padding(run, write):
     y, x = np.indices((SIDE, SIDE)) - SIDE / 2
     body = 120 * np.exp(-(x**2 + y**2) / (2 * 110**2))
@@ -250,9 +197,8 @@ def test_a_background_that_is_cut_off_at_0_is_no_padding(run, write):
 def test_padding_is_told_though_pixels_of_it_are_masked(run, write, mosaic):
     image, outside = mosaic
     path = write(np.where(outside, 0, image).astype("f4"))
-    mask = np.random.default_rng(1).random(image.shape) < 0.1
-    result = run(path, "--mask", write(mask.astype("u1"), "mask.fits"))
-    assert "is exactly 0.0" in result.err
+    mask = (np.random.default_rng(1).random(image.shape) < 0.1).astype("u1")
+    assert "is exactly 0.0" in run(path, "--mask", write(mask, "mask.fits")).err
 
 
 # Saturation
@@ -287,23 +233,15 @@ def test_saturated_stars_are_flagged_by_the_option_or_the_header(run, write, sat
         assert said == ([told] if told else [])
 
 
-@pytest.mark.parametrize("value", [0, -1.0, 1e30, 2.0**100 * 1e10, "high", "nan", True, None])
+@pytest.mark.parametrize("value", [0, -1.0, 1e30, "high", "nan", True, None])
 def test_a_saturate_that_is_no_level_is_left_out(run, write, saturated, value):
-    result = run(write(saturated, SATURATE=value), "--thresh", 5)
-    assert result.code == 0
-    assert flags(result) == [0, 0, 0]
-    assert "saturation" not in result.out
-
-
-def test_a_damaged_saturate_card_is_left_out(run, write, saturated):
-    path = write(saturated, SATURATE=900.0)
-    content = path.read_bytes()
-    path.write_bytes(
-        content.replace(b"SATURATE=                900.0", b"SATURATE=                  nan")
-    )
+    path = write(saturated, SATURATE=value)
+    if value == "nan":  # as a number, which astropy would not write
+        path.write_bytes(path.read_bytes().replace(b"'nan     '", b"       nan"))
     result = run(path, "--thresh", 5)
     assert result.code == 0
     assert flags(result) == [0, 0, 0]
+    assert "saturation" not in result.out
 
 
 def test_saturation_of_the_image_to_measure_counts_too(run, write, saturated):
