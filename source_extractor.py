@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Extract sources from an astronomical or microscopy image with SEP.
 
-The sections stand in the order of the work, as `run`, near the end, tells it:
+The sections follow the order of the work; read `run`, near the end, for an overview:
 
-    Settings, Reading, Kernel       what can be chosen; a FITS or TIFF file in, one plane out
-    Mask and frame, Background      a field: an image less its background, its noise settled
-    Sharing the work, Detection     jobs for many processes; objects and the map of their labels
-    Measurements, Catalogue         sizes, fluxes and centroids; all of it in one table
-    Products, Advice, Command line  files and pictures out; warnings; options, and the whole run
+    Settings, Reading, Kernel       parameters of the method; read one plane of a FITS or TIFF file
+    Mask and frame, Background      combine masks; subtract the background, estimate the noise
+    Worker processes, Detection     run jobs in parallel; find objects and their segmentation map
+    Measurements, Catalogue         sizes, fluxes and centroids; the table of all columns
+    Products, Advice, Command line  write files and pictures; warnings; options and the whole run
 
 Conventions: images are indexed (y, x); x and y are 0-based with pixel centres at integers; masks
 are True where a pixel is excluded; `theta` is in radians from +x towards +y.
@@ -50,7 +50,7 @@ from astropy import units as u
 from astropy.io import fits
 from astropy.utils.exceptions import AstropyUserWarning
 
-# Everything else is imported where it is used: a run does without most of it.
+# Everything else is imported where it is used, since most runs need only a part of it.
 if TYPE_CHECKING:
     from astropy.wcs import WCS
     from pandas import DataFrame
@@ -60,23 +60,23 @@ __version__ = "1.0.0"
 
 SIGNATURE = f"{PROG} {__version__} (sep {sep.__version__})"
 
-PORTION = 2**18  # pixels, or pairs of objects, to work on at a time
+CHUNK = 2**18  # pixels, or pairs of objects, that are processed at a time
 
 log = logging.getLogger("source_extractor")
 
 
 def one_line(text):
-    """Return a message as one line, however it was broken."""
+    """Replace each run of white space in a text, including line breaks, by one space."""
     return " ".join(str(text).split())
 
 
 class InputError(Exception):
-    """A file that can't be used: one line that says what is wrong with it, and what to do."""
+    """Input that can't be used; its message says what is wrong and what to do, in one line."""
 
 
 @contextmanager
 def about(name):
-    """Put the name of the image before the message of an `InputError`."""
+    """Prefix the message of an `InputError` with the name of the image."""
     try:
         yield
     except InputError as error:
@@ -85,7 +85,7 @@ def about(name):
 
 @contextmanager
 def timed(stage):
-    """Report at debug level how long a stage took; also as a decorator, of each call."""
+    """Log the duration of a stage at debug level; also works as a decorator."""
     start = time.perf_counter()
     yield
     log.debug("%-22s %7.2f s", stage, time.perf_counter() - start)
@@ -98,7 +98,7 @@ def timed(stage):
 
 @dataclass(frozen=True)
 class BackgroundSettings:
-    """Keywords of `sep.Background`: mesh box (pixels), median filter (boxes) and its threshold."""
+    """Keywords of `sep.Background`: boxes (pixels), median filter (boxes) and its threshold."""
 
     bw: int = 64
     bh: int = 64
@@ -106,14 +106,14 @@ class BackgroundSettings:
     fh: int = 3
     fthresh: float = 0.0
 
-    def cut_to(self, shape):
-        """Return the settings with boxes no larger than an image (ny, nx)."""
+    def limited_to(self, shape):
+        """Return the settings with boxes no larger than an image of this shape (ny, nx)."""
         return replace(self, bw=min(self.bw, shape[1]), bh=min(self.bh, shape[0]))
 
 
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """Keywords of `sep.extract`."""
+    """Keywords of `sep.extract`; `clean` and `clean_param` are used by `find_sources` instead."""
 
     thresh: float = 1.5
     gain: float | None = None
@@ -127,7 +127,7 @@ class ExtractionSettings:
 
 @dataclass(frozen=True)
 class PhotometrySettings:
-    """How to measure: magnitude of one count, Kron ellipse in (a, b), apertures in pixels."""
+    """Zero point (mag), Kron ellipse (in units of a and b) and circular apertures (pixels)."""
 
     zeropoint: float = 0.0
     kron_factor: float = 2.5
@@ -137,7 +137,7 @@ class PhotometrySettings:
 
 @dataclass(frozen=True)
 class Method:
-    """How to find sources, in image values or, `within` a frame, in its numbers."""
+    """How to find sources. Levels are in image units or, after `within`, in units of a `Frame`."""
 
     kernel: np.ndarray | None
     err_option: str
@@ -147,7 +147,7 @@ class Method:
     bridge: int = 3
 
     def within(self, frame):
-        """Return the method with everything that has the image's unit brought into the frame."""
+        """Return the method with its levels converted from the image's unit to the frame's."""
         thresh, gain = self.extraction.thresh, self.extraction.gain
         if self.err_option == "none":
             thresh /= frame.scale
@@ -155,13 +155,13 @@ class Method:
         background = replace(self.background, fthresh=self.background.fthresh / frame.scale)
         return replace(self, background=background, extraction=extraction)
 
-    def measures_noise(self):
-        """Return True if the noise is that of the background."""
+    def estimates_noise(self):
+        """Return True if the noise is estimated from the image, as the RMS of its background."""
         return self.err_option in ("float_globalrms", "array_rms")
 
     def for_measuring(self):
-        """Return the method for another image: no noise image, no threshold in image values."""
-        if self.measures_noise():
+        """Return the method for the measure image, without noise image and absolute threshold."""
+        if self.estimates_noise():
             return self
         extraction = self.extraction
         if self.err_option == "none":
@@ -170,7 +170,7 @@ class Method:
 
 
 def aperture(diameter):
-    """Return how the columns of a circular aperture end."""
+    """Return the suffix of the columns for a circular aperture of this diameter (pixels)."""
     return f"aper_{diameter:.15g}"
 
 
@@ -181,52 +181,52 @@ def aperture(diameter):
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FITS_MAGIC = (b"SIMPLE", b"\x1f\x8b", b"BZh")
 
-# Warnings of astropy that concern no pixel; ESO-LOG cards record what the telescope did.
-COSMETIC = re.compile(
+# Warnings of astropy that don't concern the pixels; ESO-LOG cards are a log of the telescope.
+HARMLESS = re.compile(
     "non-ASCII characters|trailing END keyword|only applicable to integer data|convention: ESO-LOG"
 )
 
-CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")  # CTYPE of the sky
+CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")  # CTYPE of a sky axis
 
-# Limits for opening a file, without its pixels: seconds of CPU, and bytes of memory.
+# Limits for opening a file, without reading its pixels: seconds of CPU time, bytes of memory.
 SECONDS_TO_OPEN, BYTES_TO_OPEN = 15, 5 * 10**8
 
-# A packed file may grow this many times, gzip's limit, and always to this many bytes: bzip2 packs
-# an empty mask of any size into a few bytes.
-UNPACKED_TIMES, UNPACKED_BYTES = 1040, 2**30
+# An unpacked file may be this many times as large as the packed one (the maximum of gzip), and
+# always have this many bytes, since bzip2 packs a constant image into a few bytes.
+UNPACKED_RATIO, UNPACKED_BYTES = 1040, 2**30
 
-# Bytes that the libraries take of each ulimit.
-LIBRARIES = {resource.RLIMIT_AS: 4 * 10**8, resource.RLIMIT_DATA: 10**8}
+# Bytes of each limit (ulimit) that the loaded libraries already occupy.
+LIBRARY_BYTES = {resource.RLIMIT_AS: 4 * 10**8, resource.RLIMIT_DATA: 10**8}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where pixels come from, and what their file says about them."""
+    """Which file a plane comes from, and what the file says about its pixels."""
 
-    name: str  # file, and HDU where there is one, for messages
+    name: str  # for messages: file, and HDU if there is one
     dtype: str  # of the pixels in the file
     hdu: int | None = None
-    wcs: "WCS | None" = None  # celestial, of the plane
-    unit: str | None = None  # the header's BUNIT
-    beam: float | None = None  # area in pixels of the beam that the unit is per
-    black: int | None = None  # value of black in a TIFF in which 0 is white
-    palette: bool = False  # whether pixels are numbers of colours
-    product: str | None = None  # which of this tool's own products the file is
-    saturation: float = math.nan  # level of saturated pixels: the header's SATURATE, if usable
+    wcs: "WCS | None" = None  # celestial WCS of the plane
+    unit: str | None = None  # BUNIT
+    beam: float | None = None  # area of the beam in pixels, if the unit is per beam
+    black: int | None = None  # largest stored value, which is black, if a TIFF stores white as 0
+    palette: bool = False  # True if pixels are indices of a colour palette
+    product: str | None = None  # name of the product, if the file was written by this tool
+    saturation: float = math.nan  # SATURATE, or --saturation
 
 
 class Stack(NamedTuple):
-    """What an open file holds; `cut` reads what is at some indices of its array."""
+    """The array of an open file, whose pixels are not read yet."""
 
     origin: Origin
     axes: list[str]
     shape: tuple[int, ...]
-    image_axes: list[int]
-    cut: Callable[[tuple], np.ndarray]
+    image_axes: list[int]  # the two axes of a plane
+    read: Callable[[tuple], np.ndarray]  # returns the pixels at these indices
 
 
 def first_bytes(path, size):
-    """Return up to `size` bytes of a regular file; reading a pipe or a device might never end."""
+    """Return the first `size` bytes of a regular file; refuse a pipe, which might never end."""
     with reading(path):
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: a directory, pipe or device; give the name of a file")
@@ -236,7 +236,7 @@ def first_bytes(path, size):
 
 @contextmanager
 def reading(path):
-    """Turn whatever a damaged file makes a library raise into an `InputError`."""
+    """Turn any exception that a library raises for a damaged file into an `InputError`."""
     try:
         yield
     except InputError:
@@ -244,17 +244,18 @@ def reading(path):
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # of the file itself
             raise InputError(f"{path}: {error.strerror}") from error
-        text = f"can't be read ({one_line(error) or type(error).__name__}); get the file again"
+        text = f"can't be read ({one_line(error) or type(error).__name__}); get a new copy"
         if isinstance(error, MemoryError):
-            text = "asks for too much memory; cut the image into parts"
-        raise InputError(f"{path.name}: damaged, cut short, or {text}") from error
+            text = "needs too much memory; cut the image into parts"
+        raise InputError(f"{path.name}: damaged, incomplete, or {text}") from error
 
 
 def try_to_open(path, opened):
-    """Open a file in a child process of limited time and memory; raise InputError if it dies.
+    """Open a file in a child process of limited time and memory; raise InputError if that fails.
 
-    A damaged size may make a library loop for ever, crash or ask for all memory. Any other error
-    comes up again when this process opens the file. `opened` returns a context manager.
+    A damaged size may make a library loop forever, crash, or allocate all memory. Other errors are
+    not reported here, as they occur again when this process opens the file. `opened` returns a
+    context manager.
     """
 
     def attempt():
@@ -270,54 +271,53 @@ def try_to_open(path, opened):
         try:
             with opened():
                 os._exit(0)
-        except Exception as error:
-            os._exit(isinstance(error.__context__ or error, MemoryError))
+        except Exception as error:  # `reading` turns a MemoryError into an InputError
+            os._exit(1 if isinstance(error.__cause__ or error, MemoryError) else 0)
 
     child = multiprocessing.get_context("fork").Process(target=attempt, daemon=True)
-    with warnings.catch_warnings(action="ignore"):  # fork leaves out numpy's idle threads
+    with warnings.catch_warnings(action="ignore"):  # of threads, which are not forked
         child.start()
     child.join()
     if child.exitcode:
-        text = "it takes too much time or memory to open; get the file again"
+        text = "opening it takes too much time or memory; get a new copy"
         raise InputError(f"{path.name}: damaged: {text}")
 
 
 @contextmanager
-def passing_on_warnings(path):
-    """Log what astropy and tifffile warn of in a file as one warning."""
+def summarizing_warnings(path):
+    """Log the first warning of astropy and tifffile about a file, and the number of others."""
     logger, texts = logging.getLogger("tifffile"), []
 
-    def keep(record):  # and return nothing, so that no handler sees it
+    def collect(record):  # returns None, so that no handler gets the record
         texts.append(re.sub(r"^<tifffile\.[^>]*> ", "", record.getMessage()))
 
-    logger.addFilter(keep)
+    logger.addFilter(collect)
     try:
         with warnings.catch_warnings(record=True, action="ignore") as caught:
             warnings.simplefilter("always", AstropyUserWarning)
             yield
     finally:
-        logger.removeFilter(keep)
+        logger.removeFilter(collect)
     texts = dict.fromkeys(map(one_line, [*texts, *(w.message for w in caught)]))  # each once
-    text, *more = [text for text in texts if not COSMETIC.search(text)] or [""]
-    if text:
-        text += f", and {len(more)} more" if more else ""
-        log.warning("%s: read with warnings: %s", path.name, text)
+    if texts := [text for text in texts if not HARMLESS.search(text)]:
+        more = f", and {len(texts) - 1} more" if texts[1:] else ""
+        log.warning("%s: read with warnings: %s%s", path.name, texts[0], more)
 
 
-def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
+def read_plane(path, hdu=None, plane=None, *, single_serves_all=False):
     """Read one 2-D plane of a FITS or TIFF file; the format is recognised from the content.
 
-    Raises InputError if the file can't be read, or holds no such HDU or plane.
+    Raises InputError if the file can't be read, or has no such HDU or plane.
 
     Parameters
     ----------
     path : Path
     hdu : str, optional
-        Index, in FITS also EXTNAME, or EXTNAME,EXTVER; without it the first that holds an image.
+        Index; in FITS also EXTNAME, or EXTNAME,EXTVER. By default the first with an image.
     plane : int, optional
-        Plane of a cube, stack or colour image, from 0 over the flattened other axes.
-    lone_serves_all : bool
-        Let a file of a single plane stand for every `plane`, as one mask does for a whole stack.
+        Plane of a cube, stack or colour image, counted from 0 over its other axes, flattened.
+    single_serves_all : bool
+        Accept a file with a single plane for any `plane`, such as one mask for a whole stack.
 
     Returns
     -------
@@ -328,7 +328,8 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
     head = first_bytes(path, 6)
     if not head.startswith(TIFF_MAGIC + FITS_MAGIC):
         raise InputError(f"{path.name}: neither a FITS nor a TIFF file; convert it to one of them")
-    with ExitStack() as files:  # imports stand here, or the child process would do them as well
+    # Libraries are imported before the child process starts, which inherits them.
+    with ExitStack() as files:
         if head.startswith(TIFF_MAGIC):
             import tifffile  # noqa: F401
 
@@ -340,48 +341,48 @@ def read_plane(path, hdu=None, plane=None, *, lone_serves_all=False):
                 import astropy.wcs  # noqa: F401
             opened = partial(open_fits, path, file, hdu)
         try_to_open(path, opened)
-        files.enter_context(passing_on_warnings(path))
+        files.enter_context(summarizing_warnings(path))
         stack = files.enter_context(opened())
-        indices = choose_plane(stack, plane, lone_serves_all)
-        with reading(path):
-            pixels = stack.cut(indices).reshape([stack.shape[axis] for axis in stack.image_axes])
+        indices = choose_plane(stack, plane, single_serves_all)
+        with reading(path):  # `reshape` fails if damaged pages have another shape
+            pixels = stack.read(indices).reshape([stack.shape[axis] for axis in stack.image_axes])
     return stack.origin, pixels
 
 
-def choose_plane(stack, plane, lone_serves_all):
-    """Return the indices of a plane, once it is known to exist and to fit in memory."""
+def choose_plane(stack, plane, single_serves_all):
+    """Return the indices of a plane; raise InputError if it doesn't exist or fit in memory."""
     name, shape = stack.origin.name, stack.shape
     rows, columns = (shape[axis] for axis in stack.image_axes)
-    others = [1 if axis in stack.image_axes else n for axis, n in enumerate(shape)]
-    count = math.prod(others)
+    planes_shape = [1 if axis in stack.image_axes else n for axis, n in enumerate(shape)]
+    count = math.prod(planes_shape)
     if not math.prod(shape):
-        raise InputError(f"{name}: an image of {columns} x {rows} pixels; get the file again")
-    if count == 1 and (plane is None or lone_serves_all):
+        raise InputError(f"{name}: an image of {columns} x {rows} pixels; get a new copy")
+    if count == 1 and (plane is None or single_serves_all):
         plane = 0
     if plane is None or plane >= count:
         layout = ", ".join(f"{axis}={n}" for axis, n in zip(stack.axes, shape, strict=True))
         choice = f"choose one from 0 to {count - 1} with the plane option"
-        if plane is None and lone_serves_all:
-            choice = "the image has only one; give one for it"
+        if plane is None and single_serves_all:
+            choice = "give a file with one plane, as none is chosen of the image (--plane)"
         planes = f"{count} plane{'s' if count > 1 else ''}"
         raise InputError(f"{name}: {planes} in axes ({layout}); {choice}")
     if np.dtype(stack.origin.dtype).kind not in "biuf":
         raise InputError(f"{name}: {stack.origin.dtype} pixels are not real numbers")
     needed = 3 * to_float(np.empty(0, stack.origin.dtype)).itemsize * rows * columns
-    if needed > available_memory():
+    if needed > memory_limit():
         text = f"{columns} x {rows} pixels need {needed / 1e9:.1f} GB of memory, more than there is"
         raise InputError(f"{name}: {text}; cut the image into parts")
-    indices = [int(place) for place in np.unravel_index(plane, others)]
-    return tuple(slice(None) if n in stack.image_axes else at for n, at in enumerate(indices))
+    indices = enumerate(map(int, np.unravel_index(plane, planes_shape)))
+    return tuple(slice(None) if axis in stack.image_axes else index for axis, index in indices)
 
 
-def available_memory():
-    """Return the bytes that the machine, its control group and ulimit leave for an image."""
+def memory_limit():
+    """Return the bytes that the machine, its control group and ulimit allow for an image."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with suppress(OSError, ValueError):  # there is no group, or it says "max"
+    with suppress(OSError, ValueError):  # there is no control group, or its limit is "max"
         group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip().lstrip("/")
         sizes.append(int(Path("/sys/fs/cgroup", group, "memory.max").read_text()))
-    for kind, taken in LIBRARIES.items():
+    for kind, taken in LIBRARY_BYTES.items():
         limit = resource.getrlimit(kind)[0]
         if limit != resource.RLIM_INFINITY:
             sizes.append(limit - taken)
@@ -390,8 +391,11 @@ def available_memory():
 
 @contextmanager
 def open_fits(path, source, hdu):
-    """Open a FITS file as a `Stack`; image axes: those of the sky, or the last longer than 1."""
-    # A file object of its own: a child process moves the position that the two share.
+    """Open a FITS file as a `Stack`.
+
+    Of the axes longer than 1, those of a plane are the two celestial ones, otherwise the last two.
+    """
+    # The child process has moved the position in the file, which is shared.
     with open(source.fileno(), "rb", closefd=False) as file:
         file.seek(0)
         with reading(path):
@@ -399,28 +403,29 @@ def open_fits(path, source, hdu):
             hdus = fits.open(file, memmap=False, uint=False)
             number, chosen = find_hdu(path, hdus, hdu)
             name = chosen.name
-            if value_of(chosen.header, "BZERO") == 2**63:  # else rounded to multiples of 1024
+            if value_of(chosen.header, "BZERO") == 2**63:  # float64 would round these integers
                 chosen = fits.open(file, memmap=False, uint=True)[number]
             header, shape = chosen.header, chosen.shape
             dtype = fits.BITPIX2DTYPE[header["BITPIX"]]
-        numbers = range(len(shape), 0, -1)  # FITS counts axes from the last
+        numbers = range(len(shape), 0, -1)  # FITS numbers axes in reverse
         axes = [str(value_of(header, f"CTYPE{n}") or f"NAXIS{n}") for n in numbers]
+        # `sorted` is stable: of axes with the same rank the last ones are taken.
         ranks = [(n > 1, bool(CELESTIAL.match(axis))) for n, axis in zip(shape, axes, strict=True)]
         image_axes = sorted(sorted(range(len(shape)), key=ranks.__getitem__)[-2:])
 
-        def cut(indices):
+        def read(indices):
             packed = isinstance(chosen, fits.CompImageHDU)
             if packed and chosen.compression_type == "HCOMPRESS_1":
                 check_hcompress(file, number, chosen)
-            # astropy cuts along the last axis a pixel at a time.
-            at_once = packed or image_axes[1] == len(shape) - 1
-            return (chosen.section if at_once else chosen.data)[indices]
+            # Unless the plane contains the last axis, `section` reads one pixel at a time.
+            use_section = packed or image_axes[1] == len(shape) - 1
+            return (chosen.section if use_section else chosen.data)[indices]
 
         wcs = celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]])
         unit, saturation = str(value_of(header, "BUNIT") or ""), number_of(header, "SATURATE")
         beam, major, minor = None, number_of(header, "BMAJ"), number_of(header, "BMIN")
-        if wcs and major > 0 and minor > 0 and re.search(r"(?i)\bbeam\b", unit):  # of a Gaussian
-            square_degrees = math.pi / (4 * math.log(2)) * major * minor
+        if wcs and major > 0 and minor > 0 and re.search(r"(?i)\bbeam\b", unit):
+            square_degrees = math.pi / (4 * math.log(2)) * major * minor  # of a Gaussian beam
             beam = square_degrees / wcs.proj_plane_pixel_area().value
         yield Stack(
             Origin(
@@ -436,63 +441,64 @@ def open_fits(path, source, hdu):
             axes,
             shape,
             image_axes,
-            cut,
+            read,
         )
 
 
 @contextmanager
 def unpacked(path):
-    """Open a FITS file, or an unpacked copy of it that is whole and agrees with its checksum."""
+    """Open a FITS file or, if it is packed, a completely unpacked temporary copy."""
     with open(path, "rb") as file, ExitStack() as files:
         if packing := {b"\x1f\x8b": gzip, b"BZ": bz2}.get(file.read(2)):
             file.seek(0)
-            most = max(UNPACKED_TIMES * path.stat().st_size, UNPACKED_BYTES)
+            limit = max(UNPACKED_RATIO * path.stat().st_size, UNPACKED_BYTES)
             with reading(path), packing.open(file) as packed:
                 file = files.enter_context(tempfile.TemporaryFile())
                 while piece := packed.read(2**20):
                     file.write(piece)
-                    if file.tell() > most:
-                        raise ValueError(f"it unpacks to more than {most} bytes")
+                    if file.tell() > limit:
+                        raise ValueError(f"it unpacks to more than {limit} bytes")
                 file.flush()
         yield file
 
 
 def check_hcompress(file, number, hdu):
-    """Raise ValueError if a tile of an HDU holds more or fewer pixels than the header says.
+    """Raise ValueError if a compressed tile doesn't have as many pixels as the header says.
 
-    astropy's decoder would write beyond its buffer. A tile begins with DD 99 and its two sides.
+    astropy's decoder would write beyond the end of its buffer. The stream of a tile begins with the
+    bytes DD 99 and the lengths of its two sides.
     """
     table = fits.open(file, memmap=False, disable_image_compression=True)[number]
     shape, tile = hdu.shape, hdu.tile_shape
     corners = itertools.product(*(range(0, n, step) for n, step in zip(shape, tile, strict=True)))
     for stream, corner in zip(table.data["COMPRESSED_DATA"], corners, strict=True):
         start = bytes(np.asarray(stream[:10]).view(np.uint8))
-        if start:  # else the tile is in another column
+        if start:  # else the tile is stored in another column of the table
             sides = [min(n, end - at) for n, end, at in zip(tile, shape, corner, strict=True)]
             stored = [int.from_bytes(start[place : place + 4]) for place in (2, 6)]
             if start[:2] != b"\xdd\x99" or math.prod(stored) != math.prod(sides):
-                raise ValueError(f"a tile of {sides} is packed as one of {stored}")
+                raise ValueError(f"a tile of {sides} pixels is stored as one of {stored}")
 
 
 def value_of(header, key):
-    """Return the value of a card, None if there is none or it can't be parsed."""
-    with suppress(Exception):  # astropy raises many kinds for a card that is damaged
+    """Return the value of a card, or None if it is missing or can't be parsed."""
+    with suppress(Exception):  # astropy raises many kinds of exceptions for a damaged card
         return header.get(key)
 
 
 def number_of(header, key):
-    """Return the value of a card that holds a number, nan in place of any other."""
+    """Return the value of a card if it is a number, else nan."""
     value = value_of(header, key)
     return value if type(value) in (int, float) else math.nan
 
 
 def find_hdu(path, hdus, wanted):
-    """Return index and HDU of the image that `wanted` names, or of the first if it is None."""
+    """Return the index and the HDU of the image that `wanted` names, by default of the first."""
     contents, problem = [], "no extension (HDU) holds an image"
     if wanted is not None:
         problem = f"no such extension (HDU): {wanted}"
     for number, hdu in enumerate(hdus):
-        for key in ("EXTNAME", "EXTVER"):  # which astropy reads from each header
+        for key in ("EXTNAME", "EXTVER"):  # astropy fails if it can't parse one of these
             if value_of(hdu.header, key) is None:
                 hdu.header.remove(key, ignore_missing=True)
         name, size = hdu.name.upper(), "table"
@@ -511,7 +517,7 @@ def find_hdu(path, hdus, wanted):
 
 
 def celestial_wcs(path, hdus, header, axes):
-    """Return the celestial WCS of the FITS axes numbers `axes`, or None if there is none."""
+    """Return the celestial WCS of two FITS axes, given by their numbers; None if there is none."""
     if not any(f"CTYPE{axis}" in header for axis in axes):
         return None
     from astropy.wcs import WCS, Sip
@@ -522,28 +528,31 @@ def celestial_wcs(path, hdus, header, axes):
             wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
             if not wcs.has_celestial:
                 return None
-            wcs.to_fits(relax=True)[0].verify("exception")  # or else it could not be written
+            wcs.to_fits(relax=True)[0].verify("exception")  # can it be written?
         for key in filter(needed.match, header):
-            if math.isnan(number_of(header, key)):  # wcslib takes it for absent
+            if math.isnan(number_of(header, key)):  # wcslib would use the default of the card
                 raise ValueError(f"{key} can't be read")
-        # astropy mends a matrix of zeros, as uncalibrated frames have it, to a degree a pixel.
+        # Uncalibrated frames have a matrix of zeros, for which astropy takes one degree per pixel.
         blank = [value_of(header, f"CD{i}_{j}") for i in axes for j in axes] == [0] * 4
         if blank or not np.linalg.cond(wcs.pixel_scale_matrix) < 1e8:
             raise ValueError("its matrix is singular")
-    except Exception as error:  # wcslib and astropy raise many kinds
+    except Exception as error:  # wcslib and astropy raise many kinds of exceptions
         reason = one_line(error) or type(error).__name__
         log.warning("%s: WCS can't be used and is left out (%s)", path.name, reason)
         return None
-    if wcs.sip:  # which astropy centres on axes 1 and 2
+    if wcs.sip:  # astropy takes CRPIX1 and CRPIX2 as its centre, even if `axes` are others
         wcs.sip = Sip(wcs.sip.a, wcs.sip.b, wcs.sip.ap, wcs.sip.bp, wcs.wcs.crpix)
         if not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
-            text = "SIP is applied, though CTYPE lacks -SIP; if it is undone already, remove it"
+            text = "SIP is applied, though CTYPE lacks -SIP; if the image is undistorted, remove it"
             log.warning("%s: %s", path.name, text)
     return wcs
 
 
 def without_double_distortion(path, header, axes):
-    """Return a header without the SIP or the PV of SCAMP that, of both, its CTYPE doesn't name."""
+    """Return the header or, if it has SIP and PV, one without that which CTYPE doesn't name.
+
+    astropy would apply both distortions. PV is the polynomial that SCAMP writes.
+    """
     kinds = {str(value_of(header, f"CTYPE{axis}"))[5:].strip() for axis in axes}
     sip = {key for key in header if re.match(r"[AB]P?_(ORDER|\d+_\d+)$", key)}
     pv = {key for key in header if re.match(rf"PV[{axes[0]}{axes[1]}]_\d+$", key)}
@@ -551,12 +560,12 @@ def without_double_distortion(path, header, axes):
     if not sip or not (scamp or kinds == {"TPV"}):
         return header
     kept, ignored, keys = ("SIP", "PV", pv) if kinds == {"TAN-SIP"} else ("PV", "SIP", sip)
-    log.warning("%s: SIP and PV in its WCS: %s is taken, %s ignored", path.name, kept, ignored)
+    log.warning("%s: SIP and PV in its WCS: %s is used, %s ignored", path.name, kept, ignored)
     return fits.Header(card for card in header.cards if card.keyword not in keys)
 
 
-class FileWithoutPath(io.FileIO):
-    """A file without a descriptor: given one, tifffile opens other files that a TIFF names."""
+class FileWithoutDescriptor(io.FileIO):
+    """A file that hides its descriptor, with which tifffile opens other files that a TIFF names."""
 
     def fileno(self):
         raise io.UnsupportedOperation
@@ -569,7 +578,7 @@ def open_tiff(path, hdu):
 
     with ExitStack() as files:
         with reading(path):
-            file = files.enter_context(io.BufferedReader(FileWithoutPath(path)))
+            file = files.enter_context(io.BufferedReader(FileWithoutDescriptor(path)))
             tiff = files.enter_context(tifffile.TiffFile(file))
             images = [image for image in tiff.series if not image.keyframe.is_reduced]
             images = images or tiff.series
@@ -579,59 +588,60 @@ def open_tiff(path, hdu):
                 raise InputError(f"{path.name}: {text}")
             series = images[number := int(number)]
             axes, page = series.axes, series.keyframe
-            shape = tuple(map(operator.index, series.shape))  # floats, if tags are damaged
+            shape = tuple(map(operator.index, series.shape))  # damaged tags may give floats
             image_axes = [axes.index("Y"), axes.index("X")]
-            # ImageJ's are tables of colours to look at intensities with.
+            # ImageJ's colour tables are for display only.
             colours = None if tiff.is_imagej else page.photometric
             white = colours == tifffile.PHOTOMETRIC.MINISWHITE and series.dtype.kind in "bu"
             palette = colours == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None
             palette = palette and bool((np.diff(page.colormap.astype(int)) < 0).any())
-            dtype, bits, description = series.dtype.name, page.bitspersample, page.description
+            dtype, description = series.dtype.name, page.description
+            black = (1 << page.bitspersample) - 1 if white else None
         if hdu is None and last > 0:
-            text = "%s: read the first of its %d images; choose another, 0 to %d, with --hdu"
-            log.warning(f"{text} (Extension)", path.name, last + 1, last)
+            text = "%s: read the first of its %d images; choose one, 0 to %d, with the HDU option"
+            log.warning(text, path.name, last + 1, last)
         origin = Origin(
             name=f"{path.name}[{number}]" if last else path.name,
             dtype=dtype,
             hdu=number if last else None,
-            black=(1 << bits) - 1 if white else None,
+            black=black,
             palette=palette,
             product=product_of(description),
         )
-        cut = partial(cut_tiff, path, tiff, series)
-        yield Stack(origin, list(axes), shape, image_axes, cut)
+        read = partial(read_series, path, tiff, series)
+        yield Stack(origin, list(axes), shape, image_axes, read)
 
 
-def cut_tiff(path, tiff, series, indices):
-    """Return what is at some indices of a series, read from as little of the file as may be."""
-    if series.dataoffset is not None:
+def read_series(path, tiff, series, indices):
+    """Return the pixels of a TIFF series at some indices, if possible without reading the rest."""
+    if series.dataoffset is not None:  # contiguous, not compressed
         dtype = np.dtype(tiff.byteorder + series.dtype.char)
         return np.array(np.memmap(path, dtype, "r", series.dataoffset, series.shape)[indices])
     page, depth = series.keyframe, series.ndim - series.keyframe.ndim
     outer, inner, stacked = indices[:depth], indices[depth:], series.shape[:depth]
     pages_are_planes = (*stacked, *page.shape) == series.shape and slice(None) not in outer
-    # In one thread: the stacks of others would count as memory of the file.
+    # One worker, since the stacks of threads count against `ulimit -v`.
     if not pages_are_planes or len(series.pages) != math.prod(stacked):
         return series.asarray(maxworkers=1)[indices]
     page = series.pages[int(np.arange(math.prod(stacked)).reshape(stacked)[outer])]
     if page is None:
-        text = "this plane isn't in it; give another file of its set, if it is one"
+        text = "it lacks this plane; if it belongs to a set of files, give the one that has it"
         raise InputError(f"{path.name}: {text}")
     return page.asarray(maxworkers=1)[inner]
 
 
 def product_of(history):
-    """Return which product of this tool a file is, by its history, or None."""
+    """Return which product of this tool a file is, according to its history, or None."""
     found = re.search(rf"^{re.escape(PROG)} .*: (\w+)$", history, re.MULTILINE)
     return found[1] if found and found[1] in PRODUCTS else None
 
 
 def to_float(data):
-    """Return `data` as native, contiguous and writable float32, or float64 if that would round it.
+    """Return `data` as native, contiguous, writable float32, or float64 if float32 would round it.
 
-    The caller gives `data` up: its bytes may be swapped in place.
+    The bytes of `data` may be swapped in place, so that it can't be used afterwards.
     """
-    exact = 4 if data.dtype.kind == "f" else 2  # bytes of what float32 holds exactly
+    exact = 4 if data.dtype.kind == "f" else 2  # size of the types that float32 holds exactly
     dtype = np.float64 if data.itemsize > exact else np.float32
     if not data.dtype.isnative and data.flags.writeable:
         data = data.byteswap(inplace=True).view(data.dtype.newbyteorder())
@@ -640,20 +650,20 @@ def to_float(data):
 
 @timed("read image")
 def read_image(path, hdu=None, plane=None, blank=()):
-    """Read the plane to work on: parameters, returns and errors else as in `read_plane`.
+    """Read the plane to work on; parameters, returns and errors as in `read_plane`.
 
-    The pixels are native, contiguous, and new: float64 where the file has float64 or integers of
-    more than 16 bits, else float32; not finite where it has no value, or one of `blank`.
+    The pixels are float64 if the file has float64 or integers of more than 16 bits, else float32.
+    Pixels with one of the values in `blank` become nan.
     """
     origin, stored = read_plane(path, hdu, plane)
     if origin.product:
-        text = "%s: its HISTORY tells of the %s of an earlier run; is the original image meant?"
+        text = "%s: its HISTORY says it is the %s of an earlier run; is it the right image?"
         log.warning(text, origin.name, origin.product)
     if origin.palette:
-        text = "its pixels are numbers of a palette, not brightness; convert it to grey, or to RGB"
+        text = "its pixels are indices of a colour palette; convert it to grey or to RGB"
         raise InputError(f"{origin.name}: {text}")
     pixels = to_float(stored)
-    for value in np.array(blank, pixels.dtype):  # to which scaled integers may be rounded otherwise
+    for value in np.array(blank, pixels.dtype):  # equal up to the rounding of BSCALE and BZERO
         pixels[np.abs(pixels - value) <= np.spacing(np.abs(value))] = np.nan
     if origin.black is not None:
         log.warning("%s: 0 is white in this TIFF: inverted, so that more is brighter", origin.name)
@@ -662,14 +672,14 @@ def read_image(path, hdu=None, plane=None, blank=()):
 
 
 def read_aligned(path, hdu, plane, shape):
-    """Read a plane of the image's shape (ny, nx), as `read_plane`; a stack gives its `plane`."""
-    origin, pixels = read_plane(path, hdu, plane, lone_serves_all=True)
+    """Read a plane that must have the shape (ny, nx) of the image; otherwise as `read_plane`."""
+    origin, pixels = read_plane(path, hdu, plane, single_serves_all=True)
     require_shape(origin, pixels, shape)
     return origin, pixels
 
 
 def require_shape(origin, pixels, shape):
-    """Raise InputError unless pixels have the shape (ny, nx) of the image to work on."""
+    """Raise InputError unless the pixels have the shape (ny, nx) of the image."""
     if pixels.shape != shape:
         text = f"its shape (rows, columns) is {pixels.shape}, the image's {shape}"
         raise InputError(f"{origin.name}: {text}; give a file that was made for this image")
@@ -677,12 +687,12 @@ def require_shape(origin, pixels, shape):
 
 @timed("read mask")
 def read_mask(path, hdu, plane, maskthresh, bits, shape):
-    """Read a mask (ny, nx): True where NaN, at any of `bits`, or without them over `maskthresh`."""
+    """Read a mask (ny, nx): True at NaN and at any of `bits` or, without these, above a level."""
     origin, stored = read_aligned(path, hdu, plane, shape)
     if bits is None:
         return ~(stored <= maskthresh)
     if np.dtype(origin.dtype).kind == "f":
-        text = f"only whole numbers have bits (--mask-bits), not {origin.dtype}; take --maskthresh"
+        text = f"--mask-bits needs integers, not {origin.dtype}; use --maskthresh"
         raise InputError(f"{origin.name}: {text}")
     with np.errstate(invalid="ignore"):
         whole = stored.astype(np.int64).view(np.uint64)
@@ -691,10 +701,10 @@ def read_mask(path, hdu, plane, maskthresh, bits, shape):
 
 @timed("read noise")
 def read_noise(path, hdu, plane, kind, shape):
-    """Read a noise image as standard deviations in the image's unit, of its shape (ny, nx).
+    """Read a noise image (ny, nx); return standard deviations in the unit of the image.
 
-    The file holds a `kind` of "stddev", "variance", or "weight", which is an inverse variance.
-    Where it has no usable value, the noise isn't finite or isn't positive.
+    Its `kind` is "stddev", "variance", or "weight", an inverse variance. Where it has no usable
+    value, the result isn't finite or isn't positive.
     """
     noise = to_float(read_aligned(path, hdu, plane, shape)[1])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -709,10 +719,10 @@ def read_noise(path, hdu, plane, kind, shape):
 
 
 def read_measure_image(path, hdu, plane, blank, origin, shape):
-    """Read the measure image, on which the sources of the image from `origin` are measured.
+    """Read the image in which the sources of the image from `origin` are measured.
 
-    It must have the shape (ny, nx) of that image, and should have its WCS; parameters, returns and
-    errors else as in `read_image`.
+    It must have the same shape (ny, nx); a warning is logged if its WCS is not aligned. Otherwise
+    as `read_image`.
     """
     measure_origin, pixels = read_image(path, hdu, plane, blank)
     require_shape(measure_origin, pixels, shape)
@@ -722,13 +732,13 @@ def read_measure_image(path, hdu, plane, blank, origin, shape):
         x, y = np.meshgrid(*(np.linspace(0, n - 1, 3) for n in shape[::-1]))
         offset, offline = math.nan, iers.conf.set_temp("auto_download", False)
         with suppress(Exception), warnings.catch_warnings(action="ignore"), offline:
-            sky = origin.wcs.pixel_to_world(x, y)  # wcslib and the frames raise many kinds
+            sky = origin.wcs.pixel_to_world(x, y)
             dx, dy = np.subtract(measure_origin.wcs.world_to_pixel(sky), (x, y))
             offset = np.nanmax(np.hypot(dx, dy))
         if not offset <= 0.5:
             away = f"up to {offset:.1f}" if math.isfinite(offset) else "an unknown number of"
-            text = "%s: by its WCS the corners of the image are %s pixels away; measured pixel by "
-            log.warning(text + "pixel all the same", measure_origin.name, away)
+            text = "%s: by its WCS it is shifted by %s pixels; measured pixel by pixel all the same"
+            log.warning(text, measure_origin.name, away)
     return measure_origin, pixels
 
 
@@ -738,10 +748,10 @@ def read_measure_image(path, hdu, plane, blank, origin, shape):
 
 
 def make_kernel(case, fwhm, path):
-    """Return the detection filter of the `--filter-case`, float32 of odd shape, or None.
+    """Return the convolution kernel of a `--filter-case`, float32 of odd shape, or None.
 
-    `fwhm` is that of the Gaussian, or the diameter of the top hat, in pixels; `path` is the file of
-    a kernel, which raises an `InputError` if SEP can't use it.
+    `fwhm` is that of the Gaussian, or the diameter of the top hat, in pixels. `path` is a file with
+    a kernel; raises InputError if SEP can't use it.
     """
     match case:
         case "none":
@@ -757,7 +767,7 @@ def make_kernel(case, fwhm, path):
 
 
 def sample_kernel(profile, radius, subpixels=11):
-    """Average a profile of the radius (pixels) over each pixel that reaches into `radius`."""
+    """Return a kernel that averages a radial profile over each pixel, out to `radius` (pixels)."""
     side = 2 * math.ceil(radius - 0.5) + 1
     offsets = (np.arange(side * subpixels) + 0.5) / subpixels - side / 2
     with np.errstate(over="ignore"):
@@ -767,13 +777,13 @@ def sample_kernel(profile, radius, subpixels=11):
 
 
 def read_kernel(path):
-    """Read a kernel: text for `numpy.loadtxt`, or SExtractor's .conv with its CONV line."""
+    """Read a kernel from text for `numpy.loadtxt`, or SExtractor's .conv with its CONV line."""
     lines = first_bytes(path, 2**24).decode(errors="replace").splitlines()
     try:
         with warnings.catch_warnings(action="ignore"):
             kernel = np.loadtxt(lines, dtype=np.float32, comments=["#", "CONV"], ndmin=2)
     except ValueError as error:
-        text = "not rows of numbers of equal length, as a kernel is"
+        text = "not a kernel, which has rows of numbers of equal length"
         raise InputError(f"{path.name}: {text}") from error
     if not kernel.any() or not np.isfinite(kernel).all():
         text = "a kernel needs finite values that are not all zero"
@@ -790,11 +800,11 @@ def read_kernel(path):
 
 
 def build_mask(pixels, mask, noise, boxes):
-    """Combine everything that excludes a pixel: no finite value, the mask, no noise, the boxes.
+    """Return True for pixels that aren't finite, are masked, in a box, or have no usable noise.
 
-    All are arrays (ny, nx), but for the boxes (xmin, xmax, ymin, ymax) of 0-based pixels, ends
-    included; mask and noise may be None. Raises InputError for a box outside the image, or if no
-    pixel is left.
+    Pixels, mask and noise are arrays (ny, nx), the latter two may be None; a box is (xmin, xmax,
+    ymin, ymax) of 0-based pixels, ends included. Raises InputError for a box outside the image, or
+    if no pixel is left.
     """
     excluded = ~np.isfinite(pixels)
     if mask is not None:
@@ -810,32 +820,35 @@ def build_mask(pixels, mask, noise, boxes):
             )
         excluded[ymin : ymax + 1, xmin : xmax + 1] = True
     if excluded.all():
-        raise InputError("every pixel is masked or has no finite value; mask less")
-    return excluded if excluded.any() else np.zeros(excluded.shape, bool)  # takes no memory yet
+        raise InputError("every pixel is masked or not finite; mask fewer")
+    # A new array of zeros takes no memory until it is written to.
+    return excluded if excluded.any() else np.zeros(excluded.shape, bool)
 
 
-# A gap is filled with a Gaussian if a pixel beside it is so many times the noise above the
-# background, else with a straight line; no Gaussian has a smaller FWHM (pixels) than this.
-BRIGHT, SHARPEST = 5.0, 2.5
+# A gap is filled with a Gaussian if the pixel at one of its ends exceeds this many times the noise,
+# otherwise with a straight line. A Gaussian has at least this FWHM (pixels).
+BRIGHT, MIN_FWHM = 5.0, 2.5
 
 
-def bridge(image, noise, excluded, rms, widest):
+def bridge(image, noise, excluded, rms, max_width):
     """Interpolate an image and its noise over narrow gaps, in place; return what stays excluded.
 
-    A gap is a run of up to `widest` excluded pixels along a row or a column between good ones. The
-    narrowest are filled first, rows before columns; what is filled is good, so that gaps may cross.
-    Larger squares of excluded pixels, and what touches them, stay as they are. The image (ny, nx)
-    is without its background, `rms` its noise; `noise` may be a number, which needs no bridge.
+    A gap is a run of up to `max_width` excluded pixels in a row or a column, with good pixels at
+    both ends. Narrower gaps are filled first, rows before columns. Filled pixels count as good, so
+    that gaps may cross. Squares wider than `max_width`, and gaps that touch these, aren't filled.
+    The image (ny, nx) is background-subtracted, and `rms` is its noise. `noise` is an array (ny,
+    nx) or a number, which is left as it is. Returns `excluded` itself if it is empty.
     """
-    if not widest or not excluded.any():
+    if not max_width or not excluded.any():
         return excluded
-    near = np.pad(excluded, widest + 1)  # becomes True in and beside the larger squares
-    for combine, side in ((np.logical_and, widest + 1), (np.logical_or, widest + 3)):
+    # Erode by squares of max_width + 1, dilate by max_width + 3: wide squares and 1 pixel around.
+    wide = np.pad(excluded, max_width + 1)
+    for combine, side in ((np.logical_and, max_width + 1), (np.logical_or, max_width + 3)):
         for _ in range(side - 1):
-            near = combine(near[1:], near[:-1])
-            near = combine(near[:, 1:], near[:, :-1])
-    mask, narrow = excluded.copy(), excluded & ~near
-    for width in range(1, widest + 1):
+            wide = combine(wide[1:], wide[:-1])
+            wide = combine(wide[:, 1:], wide[:, :-1])
+    mask, narrow = excluded.copy(), excluded & ~wide
+    for width in range(1, max_width + 1):
         fill_gaps(image, noise, mask, narrow, width, rms)
         fill_gaps(image.T, np.transpose(noise), mask.T, narrow.T, width, rms)
     return mask
@@ -843,62 +856,72 @@ def bridge(image, noise, excluded, rms, widest):
 
 def fill_gaps(image, noise, mask, narrow, width, rms):
     """Fill narrow gaps of one width along the rows, in place; see `bridge`."""
-    step = np.arange(-2, width + 4)  # 0 is the last pixel before the gap; 3 pixels on each side
-    for rows in portions(mask.shape, PORTION):
+    position = np.arange(-2, width + 4)  # 0 is the last pixel before, width + 1 the first after
+    for rows in row_slices(mask.shape, CHUNK):
         gaps = ~mask[rows, : -width - 1] & ~mask[rows, width + 1 :]
         for k in range(1, width + 1):
             gaps &= narrow[rows, k : k - width - 1]
         y, x = np.divmod(np.flatnonzero(gaps)[:, None], gaps.shape[1])  # faster than np.nonzero
-        y, x = y + rows.start, x + step
-        at = np.clip(x, 0, mask.shape[1] - 1)
-        good, gap = (at == x) & ~mask[y, at], (y, at[:, 3:-3])
-        for plane, spread in ((image, rms), (noise, math.inf)):
-            if np.ndim(plane):
-                plane[gap] = interpolate(plane[y, at], good, step, spread)[:, 3:-3]
+        y, x = y + rows.start, x + position
+        columns = np.clip(x, 0, mask.shape[1] - 1)
+        good, gap = (columns == x) & ~mask[y, columns], (y, x[:, 3:-3])
+        image[gap] = interpolate(image[y, columns], good, position, rms)[:, 3:-3]
+        if np.ndim(noise):
+            noise[gap] = straight_lines(noise[y, columns], position)[:, 3:-3]
         mask[gap] = narrow[gap] = False
 
 
-def interpolate(values, good, step, rms):
-    """Return lines between the two ends of gaps, or Gaussians that fit the good pixels there."""
-    ends, part = values[:, [2, -3]].astype(np.float64), step / step[-3]
-    filled = ends @ np.array([1 - part, part])
+def straight_lines(values, position):
+    """Return lines through the two ends of gaps; each row of `values` is a gap, see `fill_gaps`."""
+    part = position / position[-3]
+    return values[:, [2, -3]].astype(np.float64) @ np.array([1 - part, part])
+
+
+def interpolate(values, good, position, rms):
+    """Return straight lines across gaps or, where an end is bright, fitted Gaussians.
+
+    Each row of `values` (n, width + 6) is a gap with three pixels on each side, of which those are
+    used that are `good`; `position` (width + 6) is their distance from the last pixel before it.
+    """
+    filled, ends = straight_lines(values, position), values[:, [2, -3]].astype(np.float64)
     bright = ends.max(axis=1) > BRIGHT * rms
     values, good, ends = np.where(good, values, 0.0)[bright], good[bright], ends[bright]
-    # What rises away from the fainter end belongs to another source.
-    fainter = (step < 1) == (ends[:, :1] < ends[:, 1:])
+    # On the side of the fainter end, pixels that are brighter than it belong to another source.
+    fainter = (position < 1) == (ends[:, :1] < ends[:, 1:])
     good &= ~fainter | (values <= ends.min(axis=1, keepdims=True) + 3 * rms)
-    # Fit exp(parabola) by Gauss and Newton; a weak prior flattens what the noise leaves open.
+    # Fit log(values / unit) = parabola by Gauss-Newton steps, with a weak prior on its curvature.
     unit = np.maximum(rms, 1e-3 * values.max(axis=1, keepdims=True))
-    powers, model = np.vander(step - step.mean(), 3), np.log(np.maximum(values / unit, 1))
+    powers, model = np.vander(position - position.mean(), 3), np.log(np.maximum(values / unit, 1))
     for _ in range(6):
         height = np.exp(model)
         weight = good * height**2
         matrix = np.einsum("ni,ij,ik->njk", weight, powers, powers) + np.diag([2, 0, 0])
-        vector = weight * (model + np.clip(values / unit / height - 1, -1, 1)) @ powers
+        vector = (weight * (model + np.clip(values / unit / height - 1, -1, 1))) @ powers
         model = np.clip(np.linalg.solve(matrix, vector[:, :, None])[:, :, 0] @ powers.T, -5, 50)
-    sharpest = np.exp(4 * math.log(2) / SHARPEST**2 * step * (step[-3] - step))
-    most = filled[bright] * np.where(filled[bright] > 0, sharpest, 1)
-    filled[bright] = np.minimum(unit * np.exp(model), most)
+    # The ratio of a Gaussian of the smallest FWHM to the line through the same two ends.
+    sharpest = np.exp(4 * math.log(2) / MIN_FWHM**2 * position * (position[-3] - position))
+    limit = filled[bright] * np.where(filled[bright] > 0, sharpest, 1)
+    filled[bright] = np.minimum(unit * np.exp(model), limit)
     return filled
 
 
 def usable(noise):
-    """Return where standard deviations are finite and positive."""
+    """Return True where standard deviations are finite and positive."""
     return (noise > 0) & np.isfinite(noise)
 
 
-def portions(shape, pixels):
-    """Return slices of rows that make up an image (ny, nx), of up to so many pixels or one row."""
-    return batches(shape[0], max(1, pixels // shape[1]))
+def row_slices(shape, pixels):
+    """Return slices of the rows of an image (ny, nx), each of up to this many pixels or one row."""
+    return slices(shape[0], max(1, pixels // shape[1]))
 
 
-def batches(count, size):
-    """Return slices of up to `size` that make up so many rows or objects, and at least one."""
+def slices(count, size):
+    """Return slices of up to `size` elements that cover `count`; one slice if that is 0."""
     return [slice(start, start + size) for start in range(0, count or 1, size)]
 
 
 def sample(image, mask):
-    """Return about a million of the pixels of an image that are not masked, from all over it."""
+    """Return up to about a million unmasked pixels of an image, on a regular grid."""
     step = max(1, math.isqrt(image.size // 250_000))
     found = image[::step, ::step][~mask[::step, ::step]]
     return found if found.size else image[~mask]
@@ -906,10 +929,11 @@ def sample(image, mask):
 
 @dataclass(frozen=True)
 class Frame:
-    """The numbers SEP works on, image value = offset + scale x number, as it computes in float32.
+    """The scale of the pixels that SEP gets: image value = offset + scale x pixel.
 
-    It is the identity unless the noise is too far from 1 for its square to be represented, or is
-    a tiny fraction of a pedestal.
+    The frame is the identity unless SEP, which computes in float32, would get wrong results: values
+    are so small or large that their squares can't be represented, or the noise is tiny compared
+    with the level.
     """
 
     offset: float = 0.0
@@ -917,20 +941,21 @@ class Frame:
 
     @classmethod
     def of(cls, image, mask):
-        """Choose the frame of an image, from a sample of its pixels that are not masked."""
+        """Choose the frame of an image from a sample of its unmasked pixels."""
         values = sample(image, mask).astype(np.float64)
         low, middle, high = (float(value) for value in np.percentile(values, [16, 50, 84]))
+        # Differences of halves don't overflow.
         spread = (high / 2 - low / 2) or float(np.abs(values / 2 - middle / 2).max())
         offset = middle if abs(middle) > 1e4 * spread else 0.0
         if spread == 0 or 1e-12 < spread < 1e12:
             return cls(offset)
-        # Where the sky has no noise, the spread may be that of the faintest wings of sources.
+        # If the sky has no noise, the spread may be that of the faintest wings of sources.
         spread = max(spread, 1e-15 * float(np.abs(values - offset).max()))
-        return cls(offset, 2.0 ** (math.frexp(spread)[1] - 1))
+        return cls(offset, 2.0 ** (math.frexp(spread)[1] - 1))  # a power of 2 is exact
 
     @np.errstate(over="ignore")
     def levels(self, values):
-        """Bring levels back into image values, in place, and return them."""
+        """Convert levels to image values, in place, and return them."""
         if self != Frame():
             values *= self.scale
             values += self.offset
@@ -938,7 +963,7 @@ class Frame:
 
     @np.errstate(over="ignore")
     def differences(self, values):
-        """Return noise, fluxes and differences of levels in image values."""
+        """Return noise, fluxes or differences of levels, converted to image values."""
         return values if self.scale == 1 else values * self.scale
 
 
@@ -946,34 +971,33 @@ class Frame:
 # Background
 # ---------------------------------------------------------------------------------------------
 
-# For the second pass, sources of the first are masked to this many times (a, b): the light of a
-# bright galaxy goes on well beyond the isophote it was detected at.
-GROWTH = 6.0
+# Before the second pass, sources are masked out to this many times (a, b), since the light of a
+# bright galaxy extends well beyond the isophote at which it is detected.
+MASK_RADIUS = 6.0
 
-# Pixel values are multiples of a quantum, such as 1 in integers. Where the noise is at least so
-# many quanta, SEP's medians are as good as those of continuous values.
-COARSE = 10
+# Digital pixel values are multiples of a step, such as 1 for integers. If the noise is at least
+# this many steps, SEP's medians are as good as those of continuous values.
+FINE_NOISE = 10
 
-# What SEP itself puts for the noise of a masked pixel, and the largest number that it can sum.
-NO_WEIGHT = 1e30
-LARGEST = 1e30
+NO_WEIGHT = 1e30  # SEP's own noise value for a masked pixel
+LARGEST = 1e30  # SEP's sums of larger values may overflow
 
 
 @dataclass(frozen=True)
 class Field:
-    """An image (ny, nx) less its background, ready to be searched and measured, in `frame`."""
+    """A background-subtracted image (ny, nx) with all that SEP needs, in the unit of `frame`."""
 
-    residual: np.ndarray  # interpolated over bridged gaps
-    excluded: np.ndarray  # where there is no value to use, or no noise
-    mask: np.ndarray  # the same without bridged gaps
+    residual: np.ndarray  # the image less its background, interpolated over narrow gaps
+    excluded: np.ndarray  # True where a pixel has no usable value or noise
+    mask: np.ndarray  # the same, but False where the residual is interpolated
     saturated: tuple[np.ndarray, ...]  # rows and columns of saturated pixels
-    noise: float | np.ndarray  # standard deviation, to detect and to measure against
+    noise: float | np.ndarray  # standard deviation, for errors and, unless absolute, thresholds
     background: sep.Background
     method: Method
     frame: Frame
 
     def rows(self, first, last):
-        """Return a view of some rows; background and saturated pixels stay those of the image."""
+        """Return the field cut to some rows; only background and saturated pixels stay whole."""
         arrays = {name: getattr(self, name) for name in ("residual", "excluded", "mask", "noise")}
         return replace(self, **{k: v[first:last] for k, v in arrays.items() if np.ndim(v)})
 
@@ -991,34 +1015,39 @@ class Field:
 
     def is_noiseless(self):
         """Return True if the noise is estimated from the image and turns out to be zero."""
-        return self.method.measures_noise() and global_rms(self.background) == 0
+        return self.method.estimates_noise() and global_rms(self.background) == 0
 
-    def detection_noise(self):
-        """Return the map of what the threshold is a multiple of: noise, or 1 if it is absolute."""
+    def threshold_unit(self):
+        """Return a map of the unit of the threshold: the noise, or 1 for an absolute threshold."""
         noise = 1.0 if self.method.err_option == "none" else self.noise
         return np.broadcast_to(noise, self.mask.shape)
 
-    def depth(self):
-        """Return how many times deeper than its threshold SEP goes with a matched filter, or None.
+    def weights_by_noise(self):
+        """Return True if SEP's matched filter weights each pixel by its noise."""
+        matched = self.method.extraction.filter_type == "matched"
+        return matched and self.method.kernel is not None and np.ndim(self.noise) > 0
 
-        For white noise: where it has an array n of noise, SEP compares sum(k f / n^2) /
-        sqrt(sum(k^2 / n^2)) with the threshold, but else sum(k f) / sum|k| with n times that.
+    def depth(self):
+        """Return how many times fainter a filter that weights by noise detects, otherwise 1.
+
+        In white noise n, SEP requires sum(k f) / sum|k| > thresh n, for a kernel k and an image f.
+        For an array n, a matched filter requires sum(k f / n^2) / sqrt(sum(k^2 / n^2)) > thresh.
         """
-        kernel, matched = self.method.kernel, self.method.extraction.filter_type == "matched"
-        if kernel is None or np.ndim(self.noise) == 0 or not matched:
-            return None
-        return float(np.abs(kernel, dtype=np.float64).sum() / np.linalg.norm(kernel.astype(float)))
+        if not self.weights_by_noise():
+            return 1.0
+        kernel = self.method.kernel.astype(np.float64)
+        return float(np.abs(kernel).sum() / np.linalg.norm(kernel))
 
 
 @timed("build field")
 @np.errstate(over="ignore", invalid="ignore")
 def build_field(pixels, mask, noise, method, saturation=math.nan, objects=None):
-    """Return the `Field` of an image (ny, nx) less its background.
+    """Return the `Field` of an image (ny, nx), with its background subtracted.
 
-    `mask` is True where there is no value to use, and `noise` a standard deviation, or None; pixels
-    and noise become the field's, in place. Pixels from the `saturation` level on are saturated.
-    Structured `objects`, as `find_sources` returns them, are masked while the background is
-    estimated. Raises InputError if too little of the image is unmasked.
+    `mask` is True where a pixel has no usable value; `noise` is an array of standard deviations, or
+    None. Pixels and noise are changed in place, and become part of the field. Pixels of at least
+    the `saturation` level are recorded. `objects`, as in `Detections`, are masked while the
+    background is estimated. Raises InputError if too little of the image is unmasked.
     """
     saturated = ([], []) if math.isnan(saturation) else np.nonzero(pixels >= saturation)
     frame = Frame.of(pixels, mask)
@@ -1035,15 +1064,15 @@ def build_field(pixels, mask, noise, method, saturation=math.nan, objects=None):
         grown = mask.copy()
         sane = objects[np.isfinite(objects["cxx"] + objects["cyy"] + objects["cxy"])]
         shapes = {name: sane[name] for name in ("x", "y", "cxx", "cyy", "cxy")}
-        sep.mask_ellipse(grown, **shapes, r=GROWTH)
+        sep.mask_ellipse(grown, **shapes, r=MASK_RADIUS)
         background = estimate_background(pixels, grown, settings)
         if background is None:
-            log.warning("sources fill every background box: kept the background of the first pass")
+            log.warning("sources fill every background box: they are not masked in a second pass")
     background = background or estimate_background(pixels, mask, settings)
     if background is None:
         raise InputError(
-            f"no background box of {settings.bw} x {settings.bh} pixels has half of its pixels "
-            "unmasked; mask less, or take other background boxes (--bw and --bh)"
+            f"in every background box of {settings.bw} x {settings.bh} pixels more than half of "
+            "the pixels are masked; mask fewer, or use other boxes (--bw and --bh)"
         )
     background.subfrom(pixels)
     excluded, noise = settle_noise(noise, mask, background, method.err_option)
@@ -1052,65 +1081,67 @@ def build_field(pixels, mask, noise, method, saturation=math.nan, objects=None):
 
 
 def too_large(pixels):
-    """Return where values are too large for SEP to sum, or no numbers."""
+    """Return True where values are nan, or so large that SEP's sums may overflow."""
     return ~((pixels > -LARGEST) & (pixels < LARGEST))
 
 
 def settle_noise(noise, mask, background, err_option):
-    """Return the mask of an image and its noise for SEP: one number, or an array (ny, nx).
+    """Return the final mask, and the noise of an `err_option`, a number or an array (ny, nx).
 
-    Raises InputError if a noise image is of another order of magnitude than float32 can hold.
+    Pixels without usable noise become masked. Raises InputError if no others are left.
     """
     overall = global_rms(background)
-    if err_option in ("none", "float_globalrms") or (noise is None and overall == 0):
+    noiseless = noise is None and overall == 0
+    if err_option in ("none", "float_globalrms") or noiseless:
         return mask, overall
     if noise is None:
         noise = background.rms()
     mask = mask | ~usable(noise)
     if mask.all():
-        raise InputError("every noise value is unusable; is it in the image's unit?")
+        raise InputError("no pixel has usable noise; is it in the unit of the image?")
     noise[mask] = NO_WEIGHT
     return mask, noise
 
 
 @timed("estimate background")
 def estimate_background(pixels, mask, settings):
-    """Return the `sep.Background` of an image (ny, nx), or None if SEP can use no box of it.
+    """Return the `sep.Background` of an image (ny, nx), or None if SEP can't use any box.
 
-    In a noise of a few quanta SEP's medians, and so its level, are off by up to 1.4 quanta: there
-    it takes a copy in which each value is spread over its quantum.
+    If the noise is only a few digital steps, the level from SEP's medians is wrong by up to 1.4
+    steps. The background is then that of a dithered copy: each value plus uniform noise of one
+    step, which adds a twelfth of its square to the variance. For photon counts it is also shifted.
     """
-    settings = settings.cut_to(pixels.shape)  # SEP allocates whole boxes
+    settings = settings.limited_to(pixels.shape)  # SEP allocates whole boxes
     masked = np.count_nonzero(mask)
     if 2 * masked > mask.size and (box_sums(settings, ~mask) < box_sums(settings, mask)).all():
-        return None  # SEP takes no box of which less than half is unmasked
+        return None  # SEP uses boxes of which at least half is unmasked
     keywords = {"mask": mask if masked else None, **asdict(settings)}  # None is faster
     background = sep.Background(pixels, **keywords)
     values = sample(pixels, mask)
-    quantum = quantum_of(values)
-    if not 0 < global_rms(background) < COARSE * quantum:
+    step = digital_step(values)
+    if not 0 < global_rms(background) < FINE_NOISE * step:
         return background
-    spread = np.random.default_rng(0).random(pixels.shape, pixels.dtype)
-    spread -= 0.5
-    spread *= quantum
-    spread += pixels
-    # SEP's level is the mode: of photons, whose variance is their mean, up to 5/12 of one below it.
-    faint = np.minimum(values, np.percentile(values, 95)) / quantum
+    dithered = np.random.default_rng(0).random(pixels.shape, pixels.dtype)
+    dithered -= 0.5
+    dithered *= step
+    dithered += pixels
+    # SEP's level is the mode, which for photon counts (variance = mean) is up to 5/12 too low.
+    faint = np.minimum(values, np.percentile(values, 95)) / step
     if abs(faint.var() - faint.mean()) < faint.mean() / 2:
-        spread += quantum * min(faint.mean(), 5 / 12)
-    return sep.Background(spread, **keywords)
+        dithered += step * min(faint.mean(), 5 / 12)
+    return sep.Background(dithered, **keywords)
 
 
-def quantum_of(values):
-    """Return the step of which all differences of the values are multiples; 0 if there is none."""
+def digital_step(values):
+    """Return the step size of digitised values, 0 if they look continuous; outliers don't count."""
     ends = np.percentile(values, [10, 90], method="nearest")
     steps = np.diff(np.unique(np.clip(values, *ends)))
-    quantum = float(steps.min(initial=np.inf))
-    return quantum if steps.size and (np.abs(steps / quantum % 1 - 0.5) > 0.4).all() else 0.0
+    step = float(steps.min(initial=np.inf))
+    return step if steps.size and (np.abs(steps / step % 1 - 0.5) > 0.4).all() else 0.0
 
 
 def box_sums(settings, where):
-    """Return how many pixels of each background box are True in `where` (ny, nx)."""
+    """Return the number of pixels in each background box that are True in `where` (ny, nx)."""
     ny, nx = where.shape
     tops, lefts = np.arange(0, ny, settings.bh), np.arange(0, nx, settings.bw)
     rows = [where[top : top + settings.bh].sum(axis=0, dtype=np.int32) for top in tops]
@@ -1118,54 +1149,69 @@ def box_sums(settings, where):
 
 
 def global_rms(background):
-    """Return the global RMS of a `sep.Background`; where there is no noise SEP calls it 1."""
+    """Return the global RMS of a `sep.Background`, 0 if there is no noise (SEP then returns 1)."""
     rms = background.globalrms
     return 0.0 if rms == 1 and not background.rms().any() else rms
 
 
 # ---------------------------------------------------------------------------------------------
-# Sharing the work
+# Worker processes
 # ---------------------------------------------------------------------------------------------
 
-worker = {}  # the jobs of a worker process and where their results go, once it has started
+# The signals at which a run removes its files before it ends.
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+worker = {}  # in a worker process: its jobs, and the directory for their results
 
 
-def share(jobs, threads):
-    """Yield what each job, a callable, returns, in order; done by up to this many processes.
+@contextmanager
+def blocking_signals():
+    """Delay signals: an exception that their handler raises during a fork would be lost."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    SEP holds the interpreter's lock, so threads would wait for one another. A process sees memory
-    as it was when it was forked; only what a job returns or raises comes back. Raises InputError if
-    a process is killed or can't be started.
+
+def run_jobs(jobs, processes):
+    """Yield the results of the jobs, callables, in order; run in up to this many processes.
+
+    Threads don't help, as SEP doesn't release the interpreter's lock. Processes are forked: they
+    share the memory of this one, but a job must not rely on changing it. Raises InputError if a
+    process is killed or can't be started.
     """
-    workers = min(threads, len(jobs))
+    workers = min(processes, len(jobs))
     if workers == 1:
         yield from (job() for job in jobs)
         return
-    # A forked process is given the jobs as they are; through a queue they would have to be pickled.
+    # Forked processes inherit the jobs, which hold whole images; only their indices are sent.
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as directory:
         start = (jobs, directory, os.getpid())
         pool = ProcessPoolExecutor(workers, context, start_worker, start)
         try:
-            with warnings.catch_warnings(action="ignore"):  # fork leaves out numpy's idle threads
-                futures = [pool.submit(do_job, number) for number in range(len(jobs))]
+            # Python warns that the threads of numpy are not forked; they are idle.
+            with blocking_signals(), warnings.catch_warnings(action="ignore"):
+                futures = [pool.submit(do_job, index) for index in range(len(jobs))]
             for future in futures:
                 yield pickle.loads(future.result().read_bytes())
         except BaseException as error:
-            for process in multiprocessing.active_children():  # what they still do is of no use
+            for process in multiprocessing.active_children():
                 process.kill()
             if isinstance(error, BrokenProcessPool | OSError):
                 killed = isinstance(error, BrokenProcessPool)
                 reason = "one was killed" if killed else one_line(error)
-                text = f"worker processes failed ({reason}); if memory is short, try a smaller"
-                raise InputError(f"{text} --threads") from error
+                text = f"worker processes failed ({reason}); if memory is short, try fewer"
+                raise InputError(f"{text} (--threads)") from error
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def start_worker(jobs, directory, parent):
-    """Prepare a worker process: keep its jobs, and end it when its parent is gone."""
+    """Prepare a worker process: store its jobs, and let it end when its parent has ended."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     worker.update(jobs=jobs, directory=directory)
 
     def watch():
@@ -1176,13 +1222,14 @@ def start_worker(jobs, directory, parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def do_job(number):
-    """Do a job and return the path of a file with its pickled result.
+def do_job(index):
+    """Run a job and return the path of a file with its pickled result.
 
-    The pool waits for ever for a large result of a process that is killed while it sends it.
+    Large results are not sent through the pool, which would wait forever if a process were killed
+    while it sends one.
     """
-    path = Path(worker["directory"], str(number))
-    path.write_bytes(pickle.dumps(worker["jobs"][number]()))
+    path = Path(worker["directory"], str(index))
+    path.write_bytes(pickle.dumps(worker["jobs"][index]()))
     return path
 
 
@@ -1190,24 +1237,24 @@ def do_job(number):
 # Detection
 # ---------------------------------------------------------------------------------------------
 
-# Pixels and parts of a source that SEP has room for at first, and the most parts without overflow.
+# SEP's defaults for its pixel stack and its number of sub-objects; above the maximum it overflows.
 PIXEL_STACK = 300_000
 SUB_OBJECTS, MAX_SUB_OBJECTS = 1024, 32767
 
-# Bits of `flag` beside SEP's own; the first is SExtractor's.
-SATURATED, BRIDGED, BESIDE_MASK = 4, 256, 512
+# Bits of `flag` in addition to SEP's; the first is also SExtractor's.
+SATURATED, BRIDGED, NEXT_TO_MASK = 4, 256, 512
 
-CLEAN_ZONE = 10.0  # SExtractor's: how far cleaning looks, in units of the sum of both a
-LARGE_KERNEL = 200  # elements, from which on a Fourier transform is faster
+CLEAN_ZONE = 10.0  # SExtractor's: cleaning compares objects closer than this times a1 + a2
+LARGE_KERNEL = 200  # elements; larger kernels are applied faster by a Fourier transform
 
-# A pixel of an object: whose, where, its light, that in the filtered image, and the margin by which
-# the filtered light is above the threshold.
+# A pixel of an object: index of the object, position, value, value in the filtered image, and by
+# how much the latter exceeds the threshold.
 PIXEL = np.dtype("int, int, int, float, float, float")
-PIXEL.names = ("owner", "y", "x", "light", "filtered", "margin")
+PIXEL.names = ("owner", "y", "x", "value", "filtered", "margin")
 
 
 class Detections(NamedTuple):
-    """SEP's 30 fields of each object, and the map (ny, nx) that labels it with its index + 1."""
+    """SEP's structured array of objects, and a map (ny, nx) of their labels, index + 1."""
 
     objects: np.ndarray
     segmentation: np.ndarray
@@ -1215,42 +1262,42 @@ class Detections(NamedTuple):
 
 @timed("find sources")
 def find_sources(field, threads=1):
-    """Return the `Detections` in a field: SEP's, cleaned up, in SEP's order.
+    """Return the `Detections` in a field, after removing masked pixels and cleaning.
 
-    Raises InputError if there is no noise for the threshold to be a multiple of, or SEP gives up.
+    Raises InputError if the threshold is a multiple of a noise that is 0, or SEP fails.
     """
     if field.is_noiseless() and field.residual[~field.mask].any():
         raise InputError(
-            "the background has no noise for the threshold to be in units of; give an absolute one "
-            "(--err-option none), or a noise image (--err-option file)"
+            "the background has no noise, so the threshold can't be a multiple of it; give an "
+            "absolute one (--err-option none), or a noise image (--err-option file)"
         )
-    # SEP takes masked pixels for 0 too, but filters the first rows before it does.
+    # SEP sets masked pixels to 0 as well, but not before it filters the first rows.
     with replaced(field.residual, field.mask, 0):
         objects, labels = extract(field)
-        some = batches(len(objects), BATCH)
-        jobs = [partial(settle_objects, field, objects, labels, each) for each in some]
-        objects, profiles = zip(*share(jobs, threads), strict=True)
+        batches = slices(len(objects), BATCH)
+        jobs = [partial(settle_objects, field, objects, labels, batch) for batch in batches]
+        objects, profiles = zip(*run_jobs(jobs, threads), strict=True)
     objects = np.concatenate(objects)
     kept = objects["npix"] > 0
     if field.method.extraction.clean:
         profiles, beta = np.concatenate(profiles), field.method.extraction.clean_param
         kept[kept] = survive_cleaning(objects[kept], profiles[kept], beta)
     ids = np.append(0, np.cumsum(kept) * kept).astype(np.int32)
-    for rows in portions(labels.shape, PORTION):
+    for rows in row_slices(labels.shape, CHUNK):
         labels[rows] = np.where(field.mask[rows], 0, ids[labels[rows]])
     return Detections(objects[kept], labels)
 
 
 def extract(field):
-    """Return the objects that SEP finds in a `Field`, not cleaned, and the map of their labels."""
+    """Return the objects that SEP finds in a `Field`, without cleaning, and their label map."""
     keywords = asdict(field.method.extraction) | {
         "err": None if field.method.err_option == "none" else field.noise,
         "mask": field.mask if field.mask.any() else None,
         "filter_kernel": field.method.kernel,
         "segmentation_map": True,
-        "clean": False,  # SEP's is quadratic, and of a noise array in wrong units
+        "clean": False,  # SEP's own takes quadratic time, and uses wrong units for a noise array
     }
-    stack, parts, most = PIXEL_STACK, SUB_OBJECTS, field.residual.size + 2
+    stack, parts, max_stack = PIXEL_STACK, SUB_OBJECTS, field.residual.size + 2
     while True:
         sep.set_extract_pixstack(stack)
         sep.set_sub_object_limit(parts)
@@ -1260,23 +1307,23 @@ def extract(field):
             raise
         except Exception as error:  # SEP raises nothing narrower
             problem = one_line(error)
-            if "pixel buffer full" in problem and stack < most:
-                stack = min(4 * stack, most)
+            if "pixel buffer full" in problem and stack < max_stack:
+                stack = min(4 * stack, max_stack)
             elif "deblending overflow" in problem and parts < MAX_SUB_OBJECTS:
                 parts = min(4 * parts, MAX_SUB_OBJECTS)
             else:
-                cure = "raise the threshold (--thresh), or switch deblending off"
-                text = f"SEP gave up ({problem}); {cure} (--deblend-nthresh 1)"
+                advice = "raise the threshold (--thresh), or switch deblending off"
+                text = f"SEP failed ({problem}); {advice} (--deblend-nthresh 1)"
                 raise InputError(text) from error
-            log.debug("SEP's limits of sub-objects, pixels grown to %d, %d", parts, stack)
+            log.debug("raised SEP's limits to %d sub-objects and %d pixels", parts, stack)
 
 
 def flag_pixels(found, field, measure_field):
-    """Return the `Detections` with flags of saturated and bridged pixels in any of the fields."""
+    """Return the `Detections` with flags for saturated and bridged pixels in either field."""
     objects = found.objects.copy()
     for each in (field,) if measure_field is field else (field, measure_field):
-        none = each.mask is each.excluded  # bridged; to look for any takes long
-        bridged = ([], []) if none else each.excluded & ~each.mask
+        unbridged = each.mask is each.excluded  # saves a search through the whole image
+        bridged = ([], []) if unbridged else each.excluded & ~each.mask
         for where, bit in ((each.saturated, SATURATED), (bridged, BRIDGED)):
             labels = np.unique(found.segmentation[where])
             objects["flag"][labels[labels > 0] - 1] |= bit
@@ -1285,7 +1332,7 @@ def flag_pixels(found, field, measure_field):
 
 @contextmanager
 def replaced(array, where, value):
-    """Put a value into an array, in place, and back at the end what was there."""
+    """Set elements of an array to a value, in place, and restore them at the end."""
     before = np.copy(array[where])
     array[where] = value
     try:
@@ -1294,33 +1341,35 @@ def replaced(array, where, value):
         array[where] = before
 
 
-def settle_objects(field, objects, labels, some):
-    """Take masked pixels away from a slice `some` of SEP's objects; return them and their profiles.
+def settle_objects(field, objects, labels, batch):
+    """Remove masked pixels from a batch of SEP's objects; return these and their profiles.
 
-    `labels` (ny, nx) is the map of all `objects`, index + 1. An object that loses pixels keeps
-    SEP's position and shape, those of the filtered light; one that loses all has an `npix` of 0;
-    one that has masked pixels beside it is flagged. Without cleaning there are no profiles (None).
+    `labels` (ny, nx) is the map of all `objects`, index + 1, and `batch` a slice of these. An
+    object that loses pixels keeps SEP's position and shape; one that loses all gets an `npix` of 0;
+    one with masked pixels next to it is flagged. `thresh` and `tnpix` are corrected where the
+    filter weights by noise. The profiles, for `survive_cleaning`, are None without cleaning.
     """
-    objects, extraction = objects[some].copy(), field.method.extraction
+    objects, extraction = objects[batch].copy(), field.method.extraction
     rim = 1 if field.method.kernel is None else len(field.method.kernel) // 2 + 1
     top = max(objects["ymin"].min(initial=len(labels)) - rim, 0)
     end = objects["ymax"].max(initial=0) + rim + 1
-    field, labels = field.rows(top, end), labels[top:end]
-    where = np.flatnonzero((labels > some.start) & (labels <= some.start + len(objects)))
+    band, labels = field.rows(top, end), labels[top:end]
+    where = np.flatnonzero((labels > batch.start) & (labels <= batch.start + len(objects)))
     where = where[np.argsort(labels.take(where), kind="stable")]
-    owner = labels.take(where) - (some.start + 1)
-    pixels, good = filter_pixels(field, where, owner), ~field.mask.take(where)
+    owner = labels.take(where) - (batch.start + 1)
+    pixels, good = filter_pixels(band, where, owner), ~band.mask.take(where)
     left = np.bincount(owner[good], minlength=len(objects))
-    if depth := field.depth():
-        noise = np.bincount(owner[good], field.noise.take(where[good]), len(objects))
-        thresh = extraction.thresh / depth * noise / np.maximum(left, 1)
-        bright = owner[pixels["light"] > thresh[owner]]
+    if field.weights_by_noise():
+        noise = np.bincount(owner[good], band.noise.take(where[good]), len(objects))
+        thresh = extraction.thresh / field.depth() * noise / np.maximum(left, 1)
+        bright = owner[pixels["value"] > thresh[owner]]
         objects["thresh"], objects["tnpix"] = thresh, np.bincount(bright, minlength=len(objects))
+    # Cleaning compares objects as SEP found them, with their masked pixels.
     profiles = describe_profiles(objects, pixels, extraction) if extraction.clean else None
-    if field.mask.any():
-        y, x = np.divmod(where[good], field.mask.shape[1])
-        beside = correlate(field.mask, np.ones((3, 3)), y, x) > 0
-        objects["flag"][np.unique(owner[good][beside])] |= BESIDE_MASK
+    if band.mask.any():
+        y, x = np.divmod(where[good], band.mask.shape[1])
+        next_to_mask = correlate(band.mask, np.ones((3, 3)), y, x) > 0
+        objects["flag"][np.unique(owner[good][next_to_mask])] |= NEXT_TO_MASK
     pixels["y"] += top
     cut = left < objects["npix"]
     recount(objects, cut & (left > 0), pixels[good & cut[owner]])
@@ -1329,13 +1378,13 @@ def settle_objects(field, objects, labels, some):
 
 
 def recount(objects, cut, pixels):
-    """Describe the objects that are `cut` anew, in place, by the pixels left to each of them."""
+    """Update extent, fluxes and peaks of objects that lost pixels (`cut`), in place."""
     owner = pixels["owner"]
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
     for axis in "xy":
         objects[f"{axis}min"][cut] = np.minimum.reduceat(pixels[axis], starts)
         objects[f"{axis}max"][cut] = np.maximum.reduceat(pixels[axis], starts)
-    for kind, name in (("", "light"), ("c", "filtered")):
+    for kind, name in (("", "value"), ("c", "filtered")):
         top = pixels[np.lexsort((-pixels[name], owner))[starts]]
         objects[f"{kind}flux"][cut] = np.add.reduceat(pixels[name], starts)
         objects[f"{kind}peak"][cut] = top[name]
@@ -1344,33 +1393,33 @@ def recount(objects, cut, pixels):
 
 @np.errstate(over="ignore", invalid="ignore")
 def filter_pixels(field, where, owner):
-    """Return a `PIXEL` for each flat index in `where`, of the image filtered as SEP does it.
+    """Return the pixels at flat indices `where` as `PIXEL`, filtered as SEP does it.
 
-    The object there is its `owner`. A matched filter weighs pixels by their noise: its margin is
-    what it would be if the noise nearby were even.
+    `owner` is the index of the object at each pixel. If the filter weights by noise, the margin is
+    converted: for uniform noise n it is the filtered value less thresh n / depth.
     """
     kernel, thresh = field.method.kernel, field.method.extraction.thresh
     kernel = np.ones((1, 1)) if kernel is None else kernel / np.abs(kernel).sum()
     y, x = np.divmod(where, field.mask.shape[1])
     filtered = correlate(field.residual, kernel, y, x)
-    if field.depth():
+    if field.weights_by_noise():
         precision = field.noise.astype(np.float64) ** -2
         weight = np.sqrt(correlate(precision, kernel**2, y, x))
         significance = correlate(field.residual * precision, kernel, y, x) / weight
         margin = (significance - thresh) * np.square(kernel).sum() / weight
     else:
-        margin = filtered - thresh * field.detection_noise()[y, x]
+        margin = filtered - thresh * field.threshold_unit()[y, x]
     return np.rec.fromarrays((owner, y, x, field.residual[y, x], filtered, margin), dtype=PIXEL)
 
 
 def correlate(image, kernel, y, x):
-    """Return the sum of a kernel times an image about pixels (y, x), nothing beyond the edges."""
+    """Return the correlation of an image with a kernel at pixels (y, x); 0 beyond the edges."""
     (ny, nx), (top, left) = image.shape, np.floor_divide(kernel.shape, 2)
     if kernel.size > LARGE_KERNEL:
         shape = np.add(image.shape, kernel.shape) - 1
         image, kernel = image.astype(np.float64), kernel.astype(np.float64)
         product = np.fft.rfft2(image, shape) * np.fft.rfft2(kernel, shape).conj()
-        return np.fft.irfft2(product, shape)[y - top, x - left]
+        return np.fft.irfft2(product, shape)[y - top, x - left]  # periodic: -1 is the last
     at, total = y * nx + x, 0
     for (i, j), weight in np.ndenumerate(kernel):
         dy, dx = i - top, j - left
@@ -1381,186 +1430,199 @@ def correlate(image, kernel, y, x):
 
 @np.errstate(all="ignore")
 def describe_profiles(objects, pixels, settings):
-    """Return what `survive_cleaning` needs of each object, as SExtractor's CLEAN has it.
+    """Return the Moffat profiles of SExtractor's CLEAN, for `survive_cleaning`.
 
-    Around an object light falls off as height (1 + alpha r^2)^-`clean_param`, r in units of (a, b).
-    `light` ranks it; `margin`, that of its `minarea`-th highest pixel, is what a brighter one has
-    to exceed.
+    The light of an object at r, in units of (a, b), is height (1 + alpha r^2)^-`clean_param`. The
+    object with the larger `flux` absorbs another if its light there exceeds the other's `margin`.
+    The height is that of a Gaussian with this flux. Its sigmas are (a, b), corrected by
+    SExtractor's `abcor` for the cut at the threshold: a ring between two isophotes, at the
+    threshold and halfway to the peak, has fewer pixels than for sigmas of (a, b).
     """
-    thresh, area, light = objects["thresh"], np.pi * objects["a"] * objects["b"], objects["cflux"]
+    thresh, area, flux = objects["thresh"], np.pi * objects["a"] * objects["b"], objects["cflux"]
     owner, half = pixels["owner"], (thresh + objects["peak"]) / 2
-    core = np.bincount(owner[pixels["light"] > half[owner]], minlength=len(objects))
-    steepness = -2 * np.log(np.where(thresh < half, thresh / half, 0.99)) * area
-    height = light / (2 * area * np.minimum(np.maximum(objects["tnpix"] - core, 1) / steepness, 1))
+    core = np.bincount(owner[pixels["value"] > half[owner]], minlength=len(objects))
+    gaussian_ring = -2 * np.log(np.where(thresh < half, thresh / half, 0.99)) * area
+    abcor = np.minimum(np.maximum(objects["tnpix"] - core, 1) / gaussian_ring, 1)
+    height = flux / (2 * area * abcor)
     alpha = ((height / thresh) ** (1 / settings.clean_param) - 1) * area / objects["npix"]
-    margin = margins_to_eat(objects["npix"], pixels, settings.minarea)
-    return np.rec.fromarrays((height, alpha, light, margin), names="height, alpha, light, margin")
+    margin = cleaning_margins(objects["npix"], pixels, settings.minarea)
+    return np.rec.fromarrays((height, alpha, flux, margin), names="height, alpha, flux, margin")
 
 
 @np.errstate(all="ignore")
 def survive_cleaning(objects, profiles, beta):
-    """Return True for objects that are more than a brighter neighbour's light (SExtractor's CLEAN).
+    """Return False for objects that are explained by the light of a brighter neighbour.
 
-    Of two objects that are close the brighter eats the other if its profile, at the other's place,
-    exceeds the other's margin. Pairs (i, j) are compared in order; an object that is eaten by the
-    time its own pairs begin eats no other.
+    This is SExtractor's CLEAN; `beta` is `clean_param`. Of two close objects the brighter absorbs
+    the other if its profile, at the other's position, exceeds the other's margin. Pairs (i, j) are
+    processed in order, unless one of the two is already absorbed. As in SExtractor, an i that is
+    absorbed during its own pairs goes on absorbing.
     """
     x, y, a, cxx, cyy, cxy = (objects[name] for name in ("x", "y", "a", "cxx", "cyy", "cxy"))
-    height, alpha, light, margin = (profiles[name] for name in profiles.dtype.names)
-    meals = [np.empty((3, 0), int)]
+    height, alpha, flux, margin = (profiles[name] for name in profiles.dtype.names)
+    absorptions = [np.empty((3, 0), int)]
     for i, j in close_pairs(x, y, CLEAN_ZONE * a):
-        eater = np.where(light[j] < light[i], i, j)
-        eaten, dx, dy = i + j - eater, x[i] - x[j], y[i] - y[j]
-        ellipse = cxx[eater] * dx**2 + cyy[eater] * dy**2 + cxy[eater] * dx * dy
-        spread = 1 + alpha[eater] * ellipse
-        eats = (spread > 1) & (spread < 1e10) & (height[eater] * spread**-beta > margin[eaten])
-        meals.append(np.array([i, j, eaten])[:, eats])
-    meals = np.hstack(meals)
-    meals = meals[:, np.lexsort(meals[1::-1])].T.tolist()
-    alive = np.ones(len(objects), bool)
-    for i, pairs in itertools.groupby(meals, operator.itemgetter(0)):
-        if alive[i]:
-            for _, j, eaten in pairs:
-                if alive[j]:
-                    alive[eaten] = False
-    return alive
+        bright = np.where(flux[j] < flux[i], i, j)
+        faint, dx, dy = i + j - bright, x[i] - x[j], y[i] - y[j]
+        r2 = cxx[bright] * dx**2 + cyy[bright] * dy**2 + cxy[bright] * dx * dy
+        base = 1 + alpha[bright] * r2
+        absorbs = (base > 1) & (base < 1e10) & (height[bright] * base**-beta > margin[faint])
+        absorptions.append(np.array([i, j, faint])[:, absorbs])
+    absorptions = np.hstack(absorptions)
+    i, j, _ = absorptions
+    absorptions = absorptions[:, np.lexsort((j, i))].T.tolist()
+    survives = np.ones(len(objects), bool)
+    for i, pairs in itertools.groupby(absorptions, operator.itemgetter(0)):
+        if survives[i]:
+            for _, j, faint in pairs:
+                if survives[j]:
+                    survives[faint] = False
+    return survives
 
 
-def margins_to_eat(npix, pixels, minarea):
-    """Return the margin of each object's `minarea`-th highest pixel; 0 of one with fewer.
+def cleaning_margins(npix, pixels, minarea):
+    """Return the margin of each object's `minarea`-th highest pixel, 0 if it has fewer.
 
-    As in SExtractor's code, the pixel found after the first `minarea` is left out, and of just
-    `minarea` the first found is taken. Pixels are found row by row, except that the part of a row
-    that lies left of the start of the row before comes first of all.
+    Two quirks of SExtractor are kept: with more than `minarea` pixels, number `minarea` + 1 in the
+    order of detection is skipped; with exactly `minarea`, the first one counts. The order is by
+    rows, but pixels to the left of the start of the previous row come first, the last row first.
     """
     owner, x, y, margin = (pixels[name] for name in ("owner", "x", "y", "margin"))
-    rows = np.flatnonzero(np.diff(owner, prepend=-1) | np.diff(y, prepend=-1))
-    before = np.where(np.diff(owner[rows], prepend=-1), 0, np.roll(x[rows], 1))
-    ahead = x < np.repeat(before, np.diff(rows, append=len(x)))
-    found = margin[np.lexsort((-(y + 1) * ahead, owner))]  # what is ahead, the last row first
+    new_owner, new_row = np.diff(owner, prepend=-1) != 0, np.diff(y, prepend=-1) != 0
+    starts = np.flatnonzero(new_owner | new_row)
+    previous_start = np.where(new_owner[starts], 0, np.roll(x[starts], 1))
+    to_the_left = x < np.repeat(previous_start, np.diff(starts, append=len(x)))
+    detected = margin[np.lexsort((-(y + 1) * to_the_left, owner))]
     first = np.cumsum(npix) - npix
-    ranked = np.where(np.arange(len(x)) == (first + minarea)[owner], -np.inf, found)
+    skipped = np.arange(len(x)) == (first + minarea)[owner]
+    ranked = np.where(skipped, -np.inf, detected)
     ranked = ranked[np.lexsort((-ranked, owner))]
     nth = ranked.take(first + minarea - 1, mode="clip")
-    return np.select([npix > minarea, npix == minarea], [nth, found[first]])
+    return np.select([npix > minarea, npix == minarea], [nth, detected[first]])
 
 
 def close_pairs(x, y, reach):
-    """Yield, in portions, all pairs i < j of objects no further apart than their reaches in sum.
+    """Yield, in chunks, all pairs i < j of objects at a distance of up to reach[i] + reach[j].
 
-    Objects are grouped by reach, within a factor of 2. Those of a group seek all of the same or
-    smaller groups in the 3 x 3 cells around them; a cell is as wide as two of these can reach.
+    Objects are grouped by reach, in powers of 2. Each object of a group is compared with those of
+    this and of smaller groups in the 3 x 3 cells around it. The cells of a group are as wide as
+    twice its largest reach, so that no partner is further away.
     """
-    size = np.where(np.isfinite(x + y + reach), np.frexp(reach)[1], 9999)
-    for level in np.unique(size[size < 9999]):
-        seekers, near = np.flatnonzero(size == level), np.flatnonzero(size <= level)
+    usable = np.isfinite(x + y + reach)
+    exponent = np.where(usable, np.frexp(reach)[1], 9999)  # 2**exponent > reach
+    for level in np.unique(exponent[usable]):
+        group, partners = np.flatnonzero(exponent == level), np.flatnonzero(exponent <= level)
         row, column = (np.floor(values / 2.0 ** (level + 1)) for values in (y, x))
-        width = column[near].max() + 2
+        width = column[partners].max() + 2
         cell = row * width + column
-        near = near[np.argsort(cell[near])]
-        for middle in (cell[seekers] + step * width for step in (-1, 0, 1)):
-            first, last = np.searchsorted(cell[near], [middle - 1, middle + 2])
+        partners = partners[np.argsort(cell[partners])]
+        for middle in (cell[group] + step * width for step in (-1, 0, 1)):
+            first, last = np.searchsorted(cell[partners], [middle - 1, middle + 2])
             ends = np.cumsum(last - first)
-            for start in range(0, int(ends[-1]), PORTION):
-                place = np.arange(start, min(start + PORTION, ends[-1]))
-                seeker = np.searchsorted(ends, place, side="right")
-                i, j = seekers[seeker], near[place + (last - ends)[seeker]]
-                meet = np.hypot(x[i] - x[j], y[i] - y[j]) <= reach[i] + reach[j]
-                meet &= (size[j] < level) | (i < j)
-                yield np.minimum(i, j)[meet], np.maximum(i, j)[meet]
+            for start in range(0, int(ends[-1]), CHUNK):
+                pair = np.arange(start, min(start + CHUNK, ends[-1]))  # of all that share cells
+                member = np.searchsorted(ends, pair, side="right")
+                i, j = group[member], partners[pair + (last - ends)[member]]
+                close = np.hypot(x[i] - x[j], y[i] - y[j]) <= reach[i] + reach[j]
+                close &= (exponent[j] < level) | (i < j)  # each pair of a group once
+                yield np.minimum(i, j)[close], np.maximum(i, j)[close]
 
 
 # ---------------------------------------------------------------------------------------------
 # Measurements
 # ---------------------------------------------------------------------------------------------
 
-# SExtractor's KRON_NSIG: the Kron radius and the growth curve reach this far, in units of (a, b).
+# SExtractor's KRON_NSIG: limit, in units of (a, b), of the Kron radius and of the growth curve.
 KRON_REACH = 6.0
 
-# SExtractor's window for XWIN_IMAGE: its sigma per half-light radius, its reach in sigmas.
+# SExtractor's window for XWIN_IMAGE: its sigma per half-light radius, its limit in sigmas.
 WINDOW_SIGMA, WINDOW_REACH = 2 / 2.35, 4.0
 
-# How much further a neighbour matters to a window that moves, and how far in sigmas a centroid may:
-# simulated sources that move further are then further from the truth than they were before.
-WINDOW_ROOM, STRAY = 1.25, 0.5
+# Neighbours matter within this many times the limit of a window, as it moves. A centroid may move
+# by this many sigmas; simulated sources that move further end up further from the truth.
+WINDOW_MARGIN, MAX_SHIFT = 1.25, 0.5
 
-# Masked pixels have this label, exact in float32, while SEP measures, so that it leaves them out as
-# it does neighbours. With `mask=` beside `segmap=` it would scale each sum up by the area of both.
+# The label of masked pixels while SEP measures, exact in float32: SEP then leaves them out, as it
+# does neighbours. With both `mask=` and `segmap=` it would scale fluxes up for missing pixels.
 MASKED = 2**30
 
-# How many sources are measured at a time, and pixels of the window of each.
-BATCH = 1000
-WINDOW_PIXELS = 500
+BATCH = 1000  # sources measured at a time
+WINDOW_PIXELS = 500  # pixels of each window processed at a time
 
 
 @timed("measure")
 def measure(field, measure_field, found, settings, threads=1):
     """Measure background, sizes, Kron and aperture fluxes, and windowed centroids.
 
-    The objects `found` in `field` have their Kron ellipses there, and are measured in the other
-    field, without neighbours and masked pixels; meanwhile the map labels masked pixels.
+    Kron ellipses are those of the objects `found` in `field`; all else is measured in
+    `measure_field`, without pixels of neighbours and masked ones, which are labelled in the
+    segmentation map for the duration of this function.
 
     Returns
     -------
     dict of ndarray
-        A value for each object, by the name of the column: sizes in pixels, fluxes and levels in
-        the frame of `measure_field`, nan where there is nothing to measure.
+        By the name of the column, a value for each object: sizes in pixels, fluxes and levels in
+        the frame of `measure_field`, nan where nothing can be measured.
     """
     objects, labels = found
-    shapes, sane = sane_shapes(objects)
-    ids = np.flatnonzero(sane).astype(np.int32) + 1
+    shapes, measurable = measurable_shapes(objects)
+    ids = np.flatnonzero(measurable).astype(np.int32) + 1
     with replaced(labels, field.mask, MASKED):
         neighbours = {"segmap": labels, "seg_id": ids}
         r_k, kron_flag = sep.kron_radius(field.residual, *shapes, KRON_REACH, **neighbours)
-    # Kron (1980) and SExtractor. Noise around nothing may give any r_k, positive light none beyond.
+    # Kron (1980), as in SExtractor. r_k of real light is in this range, that of noise anywhere.
     kron = settings.kron_factor * np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
     kron = np.maximum(kron, settings.kron_min_radius)
     jobs = [partial(background_at, measure_field, objects["x"], objects["y"])]
-    for some in batches(len(ids), BATCH):
-        neighbours = {"segmap": labels, "seg_id": ids[some]}
-        own = shapes[:, some], kron[some]
-        jobs.append(partial(measure_some, measure_field, *own, neighbours, settings))
+    for batch in slices(len(ids), BATCH):
+        neighbours = {"segmap": labels, "seg_id": ids[batch]}
+        ellipses = shapes[:, batch], kron[batch]
+        jobs.append(partial(measure_batch, measure_field, *ellipses, neighbours, settings))
     with replaced(labels, measure_field.mask, MASKED):
-        measured, *parts = share(jobs, threads)
+        measured, *parts = run_jobs(jobs, threads)
     parts, flags = zip(*parts, strict=True)
     flag = np.full(len(objects), sep.APER_ALLMASKED, np.int64)
-    # The Kron radius reaches further than the flux: edge and neighbours there don't matter to it.
-    flag[sane] = np.concatenate(flags) | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
+    # The Kron radius is summed in a larger ellipse, whose edge and neighbours don't matter.
+    flag[measurable] = np.concatenate(flags) | (kron_flag & ~(sep.APER_TRUNC | sep.APER_HASMASKED))
     measured["flag_auto"] = flag
     for name in parts[0]:
         values = np.concatenate([part[name] for part in parts])
         measured[name] = np.full(len(objects), np.nan)
-        measured[name][sane] = np.where(kron_flag & sep.APER_ALLMASKED, np.nan, values)
+        measured[name][measurable] = np.where(kron_flag & sep.APER_ALLMASKED, np.nan, values)
     return measured
 
 
 def background_at(field, x, y):
-    """Return level and RMS of the background at the pixels nearest to some points, by column."""
+    """Return level and RMS of the background, by column, at the pixels nearest to (x, y)."""
     x, y = (np.rint(np.nan_to_num(place)) for place in (x, y))
     nearest = pixels_at(y, x, field.mask.shape)[1].astype(int)
     maps = {"background": field.background.back, "rms": field.background.rms}
     return {name: make().take(nearest).astype(float) for name, make in maps.items()}
 
 
-def sane_shapes(objects):
-    """Return x, y, a, b and theta of the objects that SEP can measure, and which these are.
+def measurable_shapes(objects):
+    """Return x, y, a, b, theta (5, n) of the n objects that SEP can measure, and a mask of these.
 
-    One that it refuses would make it give up on all: a shape that is not finite, or a theta that
-    was a float32 and is a hair over pi/2.
+    SEP refuses a whole call for one shape that isn't finite, or for a theta that is slightly above
+    pi/2, which its own float32 angles may be.
     """
     x, y, a, b, theta = (objects[name] for name in ("x", "y", "a", "b", "theta"))
     theta = np.mod(theta + np.pi / 2, np.pi) - np.pi / 2
     shapes = np.array([x, y, np.maximum(a, b), np.minimum(a, b), theta])
-    sane = np.isfinite(shapes).all(axis=0) & (shapes[3] > 0)
-    return shapes[:, sane], sane
+    measurable = np.isfinite(shapes).all(axis=0) & (shapes[3] > 0)
+    return shapes[:, measurable], measurable
 
 
-def measure_some(field, shapes, kron, neighbours, settings):
-    """Return what is measured of some objects in one field, and their flags; see `measure`."""
+def measure_batch(field, shapes, kron, neighbours, settings):
+    """Return the measurements of some objects, by column, and their flags; see `measure`.
+
+    `shapes` are those of `measurable_shapes`. `neighbours` are SEP's keywords `segmap`, in which
+    masked pixels are labelled as well, and `seg_id`, the labels of these objects.
+    """
     x, y, a, _, _ = shapes
     # Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
     ellipse = {"r": kron, "subpix": 1, **neighbours}
-    flux, error, flag = sum_light(sep.sum_ellipse, field, *shapes, **ellipse)
+    flux, error, flag = aperture_sums(sep.sum_ellipse, field, *shapes, **ellipse)
     growth = {"frac": 0.5, "normflux": flux, "subpix": 5, **neighbours}
     radius, _ = sep.flux_radius(field.residual, x, y, KRON_REACH * a, **growth)
     radius[~((flux > 0) & (radius < KRON_REACH * a))] = np.nan
@@ -1570,16 +1632,16 @@ def measure_some(field, shapes, kron, neighbours, settings):
     measured |= {"flux_auto": flux, "fluxerr_auto": error, "kron_radius": kron}
     measured |= {"flux_radius": radius, "xwin": xwin, "ywin": ywin}
     for diameter in settings.aperture_diameters:
-        circle = {"r": diameter / 2, "subpix": 0, **neighbours}  # 0 is exact
-        flux, error, _ = sum_light(sep.sum_circle, field, x, y, **circle)
+        circle = {"r": diameter / 2, "subpix": 0, **neighbours}  # 0: exact overlap
+        flux, error, _ = aperture_sums(sep.sum_circle, field, x, y, **circle)
         measured |= {f"flux_{aperture(diameter)}": flux, f"fluxerr_{aperture(diameter)}": error}
     return measured, flag
 
 
-def sum_light(sum_in, field, *shapes, **keywords):
-    """Return the fluxes that a function of SEP sums, their errors, and SEP's flags.
+def aperture_sums(sum_in, field, *shapes, **keywords):
+    """Return the fluxes, their errors and flags from an aperture function `sum_in` of SEP.
 
-    Fluxes and errors are nan where the noise of no pixel was summed.
+    Fluxes and errors are nan if no pixel was summed.
     """
     keywords |= {"err": field.noise, "gain": field.method.extraction.gain}
     flux, error, flag = sum_in(field.residual, *shapes, **keywords)
@@ -1590,69 +1652,71 @@ def sum_light(sum_in, field, *shapes, **keywords):
 
 
 def windowed_centroids(field, x, y, sigma, neighbours):
-    """Return the centroids in Gaussian windows about (x, y), nan where there is no `sigma`.
+    """Return the centroids (2, n) in Gaussian windows about (x, y), nan where `sigma` is nan.
 
-    SExtractor's XWIN_IMAGE and YWIN_IMAGE. `sep.winpos` knows no neighbours, and would run to a
-    bright one: a source that has any in reach is measured on a stamp of its own without them. Of
-    `neighbours`, the map "segmap" labels masked pixels too, and "seg_id" are the sources' labels.
-    Pixels at the edge of the window count by their exact part in it (`subpix` 0).
+    SExtractor's XWIN_IMAGE and YWIN_IMAGE, with `subpix` 0, the exact overlap of pixels and window.
+    `sep.winpos` would move to a bright neighbour, so that sources with a neighbour in reach are
+    measured on a cutout without it. `neighbours` as in `measure_batch`.
     """
     image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
-    reach = WINDOW_ROOM * WINDOW_REACH * np.nan_to_num(sigma) + 2
+    reach = WINDOW_MARGIN * WINDOW_REACH * np.nan_to_num(sigma) + 2
     _, _, flag = sep.sum_circle(image, x, y, reach, subpix=1, **neighbours)
     crowded, sized = (flag & sep.APER_HASMASKED) > 0, np.isfinite(sigma)
-    alone, found = sized & ~crowded, np.full((2, len(sigma)), np.nan)
-    found[:, alone] = sep.winpos(image, x[alone], y[alone], sigma[alone], subpix=0)[:2]
+    isolated, centroids = sized & ~crowded, np.full((2, len(sigma)), np.nan)
+    position = x[isolated], y[isolated], sigma[isolated]
+    centroids[:, isolated] = sep.winpos(image, *position, subpix=0)[:2]
     for i in np.flatnonzero(sized & crowded):
-        stamp, left, bottom = lone_stamp(image, labels, ids[i], x[i], y[i], reach[i])
-        at_x, at_y, _ = sep.winpos(stamp, [x[i] - left], [y[i] - bottom], [sigma[i]], subpix=0)
-        found[:, i] = at_x[0] + left, at_y[0] + bottom
-    found[:, np.hypot(found[0] - x, found[1] - y) > STRAY * sigma] = np.nan
-    return found
+        cutout, left, bottom = cutout_without_neighbours(
+            image, labels, ids[i], x[i], y[i], reach[i]
+        )
+        at_x, at_y, _ = sep.winpos(cutout, [x[i] - left], [y[i] - bottom], [sigma[i]], subpix=0)
+        centroids[:, i] = at_x[0] + left, at_y[0] + bottom
+    centroids[:, np.hypot(centroids[0] - x, centroids[1] - y) > MAX_SHIFT * sigma] = np.nan
+    return centroids
 
 
-def lone_stamp(image, labels, label, x, y, reach):
-    """Cut out a source and replace what isn't its own, as SExtractor's MASK_TYPE CORRECT does.
+def cutout_without_neighbours(image, labels, label, x, y, reach):
+    """Cut out a source and replace foreign pixels, as SExtractor's MASK_TYPE CORRECT does.
 
-    A foreign pixel takes the value opposite to it about (x, y), or 0 where that is foreign too.
-    After the stamp come the column and the row of the image at its first pixel.
+    A foreign pixel gets the value opposite to it about (x, y), or 0 if that is foreign as well.
+    Returns the cutout and the column and the row of its first pixel in the image.
     """
     ny, nx = image.shape
     left = math.ceil(x - min(reach, max(x, nx - 1 - x)))
     bottom = math.ceil(y - min(reach, max(y, ny - 1 - y)))
-    # The last pixel is the one opposite to the first, so that a flip swaps opposite pixels.
+    # The last pixel is opposite to the first one, so that flipping both axes swaps opposite pixels.
     rows = np.arange(bottom, round(2 * y) - bottom + 1)[:, np.newaxis]
     columns = np.arange(left, round(2 * x) - left + 1)
     inside, at = pixels_at(rows, columns, image.shape)
-    stamp, owner = (np.where(inside, plane.take(at), 0) for plane in (image, labels))
+    cutout, owner = (np.where(inside, plane.take(at), 0) for plane in (image, labels))
     foreign = (owner != 0) & (owner != label)
-    opposite = np.where(foreign[::-1, ::-1], 0, stamp[::-1, ::-1])
-    return np.where(foreign, opposite, stamp), left, bottom
+    opposite = np.where(foreign[::-1, ::-1], 0, cutout[::-1, ::-1])
+    return np.where(foreign, opposite, cutout), left, bottom
 
 
 def pixels_at(rows, columns, shape):
-    """Return which pixels are in an image (ny, nx), and the flat indices of those nearest."""
+    """Return whether pixels are inside an image (ny, nx), and the flat indices of the nearest."""
     y, x = np.clip(rows, 0, shape[0] - 1), np.clip(columns, 0, shape[1] - 1)
     return (y == rows) & (x == columns), y * shape[1] + x
 
 
 @np.errstate(over="ignore", invalid="ignore")
 def windowed_errors(field, xwin, ywin, sigma, neighbours):
-    """Return the error ellipses of the windowed centroids, by column; nan where there is none.
+    """Return the error ellipses of windowed centroids, by column; nan where the centroid is nan.
 
-    SExtractor's ERRAWIN_IMAGE, ERRBWIN_IMAGE (pixels) and ERRTHETAWIN_IMAGE (here in radians), of
-    the source's own pixels and the sky; parameters else as in `windowed_centroids`.
+    SExtractor's ERRAWIN_IMAGE, ERRBWIN_IMAGE (pixels) and ERRTHETAWIN_IMAGE (here in radians), from
+    pixels of the source and the sky only. Parameters else as in `windowed_centroids`.
     """
     image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
     noise, gain = field.noise, field.method.extraction.gain or np.inf
     known, sums = np.isfinite(xwin), np.full((4, len(xwin)), np.nan)
     halves = np.ceil(np.minimum(WINDOW_REACH * sigma, max(image.shape)))
-    # All windows of one size together, some rows at a time: fast for small ones, lean for large.
+    # Windows of the same size are processed together, some rows at a time to save memory.
     for half in np.unique(halves[known]).astype(int):
-        alike, offsets = known & (halves == half), np.arange(-half, half + 1)
-        x, y, s, own_id = (values[alike, None, None] for values in (xwin, ywin, sigma, ids))
+        same_size, offsets = known & (halves == half), np.arange(-half, half + 1)
+        x, y, s, own_id = (values[same_size, None, None] for values in (xwin, ywin, sigma, ids))
         columns, total = np.rint(x).astype(int) + offsets, 0
-        for part in portions((len(offsets), len(offsets)), WINDOW_PIXELS):
+        for part in row_slices((len(offsets), len(offsets)), WINDOW_PIXELS):
             rows = np.rint(y).astype(int) + offsets[part, None]
             inside, at = pixels_at(rows, columns, image.shape)
             dx, dy = columns - x, rows - y
@@ -1660,12 +1724,12 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
             owner = labels.take(at)
             own = inside & (r2 < WINDOW_REACH**2) & ((owner == own_id) | (owner == 0))
             weight = np.where(own, np.exp(-r2 / 2), 0)
-            light = weight * np.where(own, image.take(at), 0)
+            flux = weight * np.where(own, image.take(at), 0)
             rms = weight * np.where(own, noise.take(at) if np.ndim(noise) else noise, 0)
-            variance = rms**2 + weight * np.maximum(light, 0) / gain
-            terms = light, variance * dx**2, variance * dy**2, variance * dx * dy
+            variance = rms**2 + weight * np.maximum(flux, 0) / gain
+            terms = flux, variance * dx**2, variance * dy**2, variance * dx * dy
             total += np.array([term.sum(axis=(1, 2)) for term in terms])
-        sums[:, alike] = total
+        sums[:, same_size] = total
     xx, yy, xy = 4 * sums[1:] / np.where(sums[0] > 0, sums[0], np.nan) ** 2
     mean, half_gap = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
     major, minor = np.sqrt([mean + half_gap, np.maximum(mean - half_gap, 0)])
@@ -1681,8 +1745,8 @@ class Column(NamedTuple):
     """A column of the catalogue."""
 
     name: str
-    unit: str | None  # "image" and "measure" stand for the units of the images; see `name_units`
-    ucd: str  # what it is in the words of the IVOA
+    unit: str | None  # "image", "measure" and their "... sum" are placeholders; see `name_units`
+    ucd: str  # Unified Content Descriptor (IVOA)
     description: str
 
 
@@ -1707,7 +1771,7 @@ COLUMNS = (
     Column("flag", None, "meta.code", "extraction flags"),
     Column("flag_auto", None, "meta.code", "photometry flags"),
     Column("thresh", "image", "phot.flux;stat.min", "detection threshold at the object"),
-    Column("tnpix", "pixel", "meta.number;instr.pixel", "those above the threshold unfiltered"),
+    Column("tnpix", "pixel", "meta.number;instr.pixel", "unfiltered pixels above the threshold"),
     Column("xmin", "pixel", "pos.cartesian.x;stat.min", "first column of the object"),
     Column("xmax", "pixel", "pos.cartesian.x;stat.max", "last column of the object"),
     Column("ymin", "pixel", "pos.cartesian.y;stat.min", "first row of the object"),
@@ -1734,14 +1798,14 @@ COLUMNS = (
     Column("kron_radius", None, "phys.angSize", "radius of the Kron ellipse in units of a and b"),
     Column("xwin", "pixel", "pos.cartesian.x", "windowed centroid along x"),
     Column("ywin", "pixel", "pos.cartesian.y", "windowed centroid along y"),
-    Column("errawin", "pixel", "stat.error;pos.cartesian", "major axis of the error of xwin, ywin"),
-    Column("errbwin", "pixel", "stat.error;pos.cartesian", "minor axis of the error of xwin, ywin"),
+    Column("errawin", "pixel", "stat.error;pos.cartesian", "RMS error of xwin, ywin, major axis"),
+    Column("errbwin", "pixel", "stat.error;pos.cartesian", "RMS error of xwin, ywin, minor axis"),
     Column("errthetawin", "rad", "stat.error;pos.posAng", "angle of the major axis of that error"),
 )
 
 
 def catalog_columns(diameters):
-    """Return all columns of the catalogue, with those for the aperture diameters (pixels)."""
+    """Return all columns of the catalogue, including those of circular apertures (pixels)."""
     return COLUMNS + tuple(
         Column(f"{name}_{aperture(diameter)}", unit, ucd, f"{text}, {diameter:.15g} pixels wide")
         for diameter in diameters
@@ -1755,19 +1819,19 @@ def catalog_columns(diameters):
 
 
 def name_units(columns, image_unit, measure_unit):
-    """Return the columns with the units of the two images, and of sums of their pixels."""
+    """Return the columns with the units of the two images in place of the placeholders."""
     units = {"image": image_unit, "measure": measure_unit}
     units |= {f"{name} sum": unit_of_sums(unit) for name, unit in units.items()}
     return tuple(column._replace(unit=units.get(column.unit, column.unit)) for column in columns)
 
 
 def unit_of_sums(text):
-    """Return the unit of a sum of pixels: another than theirs if that is, legibly, per area."""
-    if text is None or re.search(r"\d{3}", text):  # astropy might work on its powers for ever
+    """Return the unit of a sum of pixels: multiplied by pixel if that of a pixel is per area."""
+    if text is None or re.search(r"\d{3}", text):  # astropy may take forever for large powers
         return text
     try:
         with warnings.catch_warnings(action="ignore"):
-            # As AIPS and CASA spell them.
+            # Spellings of AIPS and CASA.
             unit = u.Unit(re.sub("(?i)jy/beam", "Jy/beam", text).replace("/beam.", " beam-1 "))
         parts = unit.decompose()
         powers = zip(parts.bases, parts.powers, strict=True)
@@ -1775,17 +1839,18 @@ def unit_of_sums(text):
         return text
     if not {(u.rad, -2), (u.beam, -1), (u.pix, -1)} & set(powers):
         return text
-    with suppress(ValueError):  # not every unit is FITS's
+    with suppress(ValueError):  # not every unit has a name in FITS
         return (unit * u.pix).to_string("fits")
     return (unit * u.pix).to_string()
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def build_catalog(columns, found, measured, field, measure_field, wcs, settings):
-    """Return the catalogue as a DataFrame of `catalog_columns`, with a row for each object.
+    """Return the catalogue as a DataFrame with these columns and a row for each object.
 
-    Here fluxes and levels leave the frames of the two fields, in which the objects were `found` and
-    `measured` (as by `measure`), for image values. Without a WCS the sky positions are nan.
+    `found` and `measured` are what `find_sources` and `measure` return. Their fluxes and levels are
+    converted here, by the placeholders of their units, from the frames of the two fields to image
+    values. Without a WCS, ra and dec are nan.
     """
     from pandas import DataFrame
 
@@ -1794,9 +1859,9 @@ def build_catalog(columns, found, measured, field, measure_field, wcs, settings)
     table["id"] = np.arange(1, len(objects) + 1)
     frames = {"image": field.frame, "measure": measure_field.frame}
     for column in columns:
-        of, *_ = (column.unit or "").split(" ")
-        if of in frames and column.name in table:
-            convert = frames[of].levels if column.name == "background" else frames[of].differences
+        frame = frames.get((column.unit or "").split(" ")[0])
+        if frame and column.name in table:
+            convert = frame.levels if column.name == "background" else frame.differences
             table[column.name] = convert(table[column.name])
     table["ra"], table["dec"] = sky_positions(wcs, objects["x"], objects["y"])
     table["elongation"] = objects["a"] / objects["b"]
@@ -1807,13 +1872,12 @@ def build_catalog(columns, found, measured, field, measure_field, wcs, settings)
     for kind in ("auto", *map(aperture, settings.aperture_diameters)):
         flux = np.where(table[f"flux_{kind}"] > 0, table[f"flux_{kind}"], np.nan)
         table[f"mag_{kind}"] = settings.zeropoint - 2.5 * np.log10(flux)
-        # To first order.
         table[f"magerr_{kind}"] = 2.5 / math.log(10) * table[f"fluxerr_{kind}"] / flux
     return DataFrame({column.name: table[column.name] for column in columns})
 
 
 def sky_positions(wcs, x, y):
-    """Return right ascension and declination of pixels (0-based) in degrees, ICRS, or nan."""
+    """Return right ascension and declination (degrees, ICRS) of 0-based pixels, nan if unknown."""
     if wcs is not None and len(x):
         try:
             if wcs.wcs.lngtyp not in ("RA", "GLON"):
@@ -1821,7 +1885,7 @@ def sky_positions(wcs, x, y):
             with warnings.catch_warnings(action="ignore"):
                 sky = wcs.pixel_to_world(x, y).icrs
             return sky.ra.deg, sky.dec.deg
-        except Exception as error:  # wcslib and the frames raise many kinds
+        except Exception as error:  # wcslib and astropy raise many kinds of exceptions
             log.warning("the WCS gives no sky positions: ra and dec are nan (%s)", one_line(error))
     return np.full((2, len(x)), np.nan)
 
@@ -1833,21 +1897,21 @@ def sky_positions(wcs, x, y):
 
 @dataclass(frozen=True)
 class Result:
-    """All that the products of an image are made from."""
+    """Everything that the products are made from."""
 
     origin: Origin
     field: Field
     found: Detections
     catalog: "DataFrame"
     columns: tuple[Column, ...]  # of the catalogue, with their units
-    settings: list[str]  # how it was made, a line each
-    image_format: str | None  # "fits", "tiff", or None to go by the extensions of image products
+    settings: list[str]  # lines for the history of the products
+    image_format: str | None  # "fits", "tiff", or None to go by the file extension
 
 
 def write_image(product, path, result):
-    """Write an image product, floats as float32 unless the image is float64.
+    """Write an image product; floats are float32 unless the image is float64.
 
-    FITS has the unit as BUNIT. TIFF keeps neither WCS nor unit, and labels as the smallest unsigned
+    FITS gets the WCS and the unit. TIFF gets neither, and stores labels in the smallest unsigned
     integers that hold them.
     """
     match product:
@@ -1870,9 +1934,9 @@ def write_image(product, path, result):
             values = values.astype(np.min_scalar_type(values.max()))
         tifffile.imwrite(path, values, description="\n".join(history), metadata=None)
         return
-    with warnings.catch_warnings(action="ignore"):  # of cards that the WCS standard renames
+    with warnings.catch_warnings(action="ignore"):  # of cards that the standard renames
         hdus = wcs.to_fits(relax=True) if wcs else fits.HDUList([fits.PrimaryHDU()])
-        # astropy swaps bytes in place: of an array that other processes share, on a copy.
+        # astropy swaps bytes in place, which must not happen to arrays that other products use.
         shared = product in ("segmentation", "subtracted")
         hdus[0].data = values.copy() if shared else values
         if unit and product != "segmentation":
@@ -1884,7 +1948,7 @@ def write_image(product, path, result):
 
 
 def write_hdus(hdus, path):
-    """Write a FITS file, packed if its extension says so: by gzip without file name and time."""
+    """Write a FITS file; if it ends in .gz by gzip, without name and time, to be reproducible."""
     if path.suffix != ".gz":
         hdus.writeto(path, overwrite=True)
         return
@@ -1893,9 +1957,9 @@ def write_hdus(hdus, path):
 
 
 def write_catalog(path, result):
-    """Write the catalogue as tab-separated text with a line of names, `nan` for no value.
+    """Write the catalogue as tab-separated text with a line of column names.
 
-    Floats have ten significant digits; ra and dec have twelve, a few micro-arcseconds.
+    Floats have ten significant digits; ra and dec have twelve, for micro-arcseconds.
     """
     text = result.catalog.copy()
     for name in text.select_dtypes("float"):
@@ -1918,8 +1982,8 @@ def write_catalog_fits(path, result):
 def write_regions(path, result):
     """Write a DS9 region file: ellipses of semi-axes 3a and 3b, labelled with the id.
 
-    In sky coordinates (ICRS) where the catalogue has them, else in DS9's 1-based pixels. There DS9
-    counts the angle from west through north, 90 degrees ahead of the position angle.
+    Coordinates are ICRS if the catalogue has these, else DS9's 1-based pixels. In ICRS, DS9 counts
+    the angle from west through north, so that it is the position angle plus 90 degrees.
     """
     names = ("x", "y", "a", "b", "theta", "id")
     x, y, a, b, theta, labels = (result.catalog[name].to_numpy() for name in names)
@@ -1944,13 +2008,12 @@ def write_regions(path, result):
     path.write_text("\n".join([*lines, ""]))
 
 
-# The most pixels a side of a panel; larger images are reduced to it before anything is drawn.
-PICTURE_SIDE = 1000
+PICTURE_SIDE = 1000  # pixels; larger images are averaged in blocks before they are drawn
 
 
 @contextmanager
 def figure_at(path, **keywords):
-    """Yield a figure that is free of what the user's matplotlibrc may say; then write its PNG."""
+    """Yield a figure in matplotlib's default style, whatever the user's settings; then write it."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -1958,19 +2021,19 @@ def figure_at(path, **keywords):
         matplotlib.rcdefaults()
         figure = Figure(**keywords)
         yield figure
-        # A higher level takes longer to make files that are little smaller.
+        # Higher levels take longer and make the file hardly smaller.
         figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
 
 
 def block_edges(shape):
-    """Return the first rows and the first columns of the blocks that become a picture's pixels."""
+    """Return first rows and first columns of the blocks of an image, each a pixel of a picture."""
     step = math.ceil(max(shape) / PICTURE_SIDE)
     return np.arange(0, shape[0], step), np.arange(0, shape[1], step)
 
 
 @np.errstate(invalid="ignore")  # 0 / 0
 def block_means(image):
-    """Return the mean of the finite values of each block of an image, nan where there are none."""
+    """Return the mean of the finite pixels of each block of an image, nan if there are none."""
     (tops, lefts), means = block_edges(image.shape), []
     for strip in np.split(image, tops[1:]):
         finite = np.isfinite(strip)
@@ -1982,23 +2045,22 @@ def block_means(image):
 
 
 def panel_size(shape):
-    """Return the width and height in inches of the panel for an image of this shape (ny, nx)."""
+    """Return width and height (inches) of the panel for an image of this shape (ny, nx)."""
     height, width = (8 * max(length / max(shape), 0.2) for length in shape)
     return width, height
 
 
 def show_image(axes, picture, shape, **style):
-    """Show a shrunken picture of an image of this shape, row 0 at the bottom, axes in pixels."""
+    """Show the block means of an image of this shape, row 0 at the bottom, axes in pixels."""
     axes.set(xlabel="x (pixel)", ylabel="y (pixel)")
     extent = (-0.5, shape[1] - 0.5, -0.5, shape[0] - 0.5)
     return axes.imshow(picture, origin="lower", extent=extent, interpolation="nearest", **style)
 
 
 def show_sources(axes, result):
-    """Show the background-subtracted image in grey, with a red ellipse of 6a x 6b a source.
+    """Show the background-subtracted image in grey, with a red ellipse (3a, 3b) for each source.
 
-    Masked pixels are under a blue veil, and so are bridged ones, whose values are interpolated.
-    Returns the scale of greys.
+    Masked and interpolated pixels are tinted blue. Returns the grey scale.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import EllipseCollection
@@ -2007,15 +2069,15 @@ def show_sources(axes, result):
     field, objects = result.field, result.found.objects
     picture = field.frame.differences(block_means(field.residual))
     masked = block_means(field.excluded)
-    open_sky = masked <= np.median(masked[masked < 1])
-    greys = ScalarMappable(stretch(picture[open_sky]), "gray")
+    least_masked = masked <= np.median(masked[masked < 1])
+    greys = ScalarMappable(stretch(picture[least_masked]), "gray")
     show_image(axes, greys.to_rgba(picture, bytes=True), field.mask.shape)
     title = f"{len(objects)} source{'s' if len(objects) != 1 else ''}"
     if masked.any():
         title += "\nmasked pixels in blue"
-        # Thicker the more of a picture's pixel is masked.
-        veil = LinearSegmentedColormap.from_list("veil", [(0.1, 0.3, 1, 0), (0.1, 0.3, 1, 0.5)])
-        show_image(axes, veil(masked, bytes=True), field.mask.shape)
+        # The opacity is proportional to the masked part of a block.
+        tint = LinearSegmentedColormap.from_list("tint", [(0.1, 0.3, 1, 0), (0.1, 0.3, 1, 0.5)])
+        show_image(axes, tint(masked, bytes=True), field.mask.shape)
     axes.set_title(title, loc="left", y=1)
     x, y, a, b, theta = (objects[name] for name in ("x", "y", "a", "b", "theta"))
     place = {"units": "xy", "offsets": np.column_stack([x, y]), "offset_transform": axes.transData}
@@ -2026,9 +2088,9 @@ def show_sources(axes, result):
 
 
 def stretch(values):
-    """Return the scale of greys that shows faint sky and bright cores together.
+    """Return a grey scale that shows faint sky and bright cores together.
 
-    Linear within the noise and logarithmic far above it (Lupton, Gunn & Szalay 1999).
+    It is linear within the noise and logarithmic far above it (Lupton, Gunn & Szalay 1999).
     """
     from matplotlib.colors import AsinhNorm
 
@@ -2071,10 +2133,10 @@ def draw_overview(path, result):
 
 
 class Product(NamedTuple):
-    """A product: its name in the output directory ("": on request), what it is, its writer."""
+    """A product, with the function that writes it."""
 
-    default: str  # {} is the extension of an image
-    text: str
+    default: str  # file name, {} is the extension of an image; "" if only written on request
+    text: str  # for --help
     write: Callable[[Path, Result], None]
 
 
@@ -2092,41 +2154,37 @@ PRODUCTS = {
 
 
 def write_products(paths, targets, result, threads):
-    """Write each product to its path, shared by this many processes; errors name its target."""
+    """Write each product to its path, in up to this many processes; errors name the target."""
 
     def write(name):
         with timed(f"write {name}"), writing(targets[name]):
             PRODUCTS[name].write(paths[name], result)
 
-    names = sorted(paths, key=lambda name: targets[name].suffix != ".png")  # which takes longest
-    list(share([partial(write, name) for name in names], threads))
+    names = sorted(paths, key=lambda name: targets[name].suffix != ".png")  # longest jobs first
+    list(run_jobs([partial(write, name) for name in names], threads))
 
 
 @contextmanager
 def writing(target):
-    """Turn what keeps a product from being written into an `InputError`."""
+    """Turn an error of the file system into an `InputError` about the target."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or one_line(error)
-        text = f"can't be written ({reason}); make room or choose another place"
+        text = f"can't be written ({reason}); free some space or choose another directory"
         raise InputError(f"{target}: {text}") from error
 
 
-# The signals at which a run removes what it has made before it ends.
-STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
-def ignore_stops():
-    """Let no signal interrupt what is done next."""
-    for signum in STOPS:
+def ignore_signals():
+    """Ignore the signals that end a run from now on."""
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
 def handling_signals(handler):
-    """Let `handler` take the signals that stop a run, but for those ignored, as under nohup."""
-    handlers = {signum: signal.getsignal(signum) for signum in STOPS}
+    """Handle the signals that end a run, except those that are ignored, as under nohup."""
+    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     for signum, before in handlers.items():
         signal.signal(signum, signal.SIG_IGN if before == signal.SIG_IGN else handler)
     try:
@@ -2138,18 +2196,18 @@ def handling_signals(handler):
 
 @contextmanager
 def staged(targets):
-    """Yield a path to write each target to, by the name of its product; then put all in place.
+    """Yield temporary paths, by the name of the product; at the end, move all files to `targets`.
 
-    Products are made in a hidden directory beside their target, which only its owner may enter. If
-    anything fails, or a signal stops the run, all of them are removed, and no product has changed.
-    A target that can't be written raises an `InputError` before anything is done.
+    The paths are in hidden directories next to the targets, which only the user may enter. If
+    anything fails, or a signal ends the run, they are removed, and no product has changed. Raises
+    InputError at once if a target can't be written.
     """
     paths, hidden, owner = {}, {}, os.getpid()
 
     def stop(signum, _):
-        if os.getpid() != owner:  # a worker process, which inherits this handler
+        if os.getpid() != owner:  # worker processes inherit this handler
             os._exit(128 + signum)
-        ignore_stops()
+        ignore_signals()
         sys.exit(128 + signum)
 
     with handling_signals(stop), ExitStack() as stack:
@@ -2164,16 +2222,16 @@ def staged(targets):
                     hidden[place] = Path(stack.enter_context(directory))
                 paths[name] = hidden[place] / f"new_{target.name}"
                 paths[name].touch()
-        stack.callback(ignore_stops)  # before all that is removed
+        stack.callback(ignore_signals)  # called first at the end, before directories are removed
         yield paths
-        ignore_stops()
-        put_in_place(paths, targets)
+        ignore_signals()
+        move_into_place(paths, targets)
 
 
-def put_in_place(paths, targets):
-    """Move all products into place, older ones out of the way first; if one fails, undo it all.
+def move_into_place(paths, targets):
+    """Move all products to their targets, after setting old files aside; undo all if one fails.
 
-    A product that replaces a file keeps the mode of that file.
+    A product gets the permissions of the file that it replaces.
     """
     with ExitStack() as undo:
         for name, new in paths.items():
@@ -2192,84 +2250,89 @@ def put_in_place(paths, targets):
 # ---------------------------------------------------------------------------------------------
 # Advice
 # ---------------------------------------------------------------------------------------------
-# Each `..._advice` returns one line on what is likely a mistake, or None.
+# Each `..._advice` returns one line about a likely mistake, or None.
 
 
-def padding_of(pixels, mask):
-    """Return the value with which an image (ny, nx) is filled up at its border; nan if it isn't.
+def padding_value(pixels, mask):
+    """Return the value of padding at the border of an image (ny, nx), nan if there is none.
 
-    It is the commonest value of the border. Over 2 % of the blocks (32 x 32) have no other, and few
-    of the rest hold any of it. Where the faintest of the other pixels are less than half as high
-    above it as their median, it is a background that is cut off, as at 0.
+    It is the most common value of the border. More than 2 % of all blocks of 32 x 32 pixels have no
+    other value, and most of the remaining ones hardly any pixel with it. If many other pixels are
+    only a little higher, it is probably a clipped background, not padding.
     """
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    values, counts = np.unique(border, return_counts=True)
-    if counts.max() < 32:
+    values, counts = np.unique(border[np.isfinite(border)], return_counts=True)
+    if counts.max(initial=0) < 32:
         return math.nan
     value, blocks = values[counts.argmax()], BackgroundSettings(bw=32, bh=32)
     same = (pixels == value) & ~mask
     inside, good = box_sums(blocks, same), box_sums(blocks, ~mask)
     padded, rare = (inside > 0) & (inside == good), 10 * inside < good
-    if padded.mean() <= 0.02 or 2 * rare.sum() <= (inside < good).sum():
+    scattered = 2 * rare.sum() <= (inside < good).sum()
+    if padded.mean() <= 0.02 or scattered:
         return math.nan
     lowest, faint, middle = np.percentile(sample(pixels, mask | same), [0, 5, 50]) - value
-    return math.nan if lowest > 0 and 2 * faint < middle else value
+    clipped = lowest > 0 and 2 * faint < middle
+    return math.nan if clipped else value
 
 
 def padding_advice(origin, padding, values):
-    """Return a text on a value (nan: none) that is likely padding; `values` is a sample."""
+    """Warn of a value that is likely padding (nan: none); `values` is a sample of the image."""
     if math.isnan(padding):
         return None
     stored = str(padding if origin.black is None else origin.black - padding)
-    text = f"{100 * np.mean(values == padding):.0f} % of the image is exactly {stored}: if it is"
-    return f"{text} padding, name it (--blank {stored})"
+    part = 100 * np.mean(values == padding)
+    return (
+        f"{part:.0f} % of the pixels are exactly {stored}: if that is padding, use --blank {stored}"
+    )
 
 
 def depth_advice(field):
-    """Return a text on a matched filter that goes deeper than the threshold says."""
-    depth, thresh = field.depth() or 1, field.method.extraction.thresh
+    """Warn of a matched filter that detects fainter sources than the threshold suggests."""
+    depth, thresh = field.depth(), field.method.extraction.thresh
     if depth == 1:
         return None
     return (
-        f"with noise for each pixel the matched filter goes {depth:.2f} times deeper: {thresh:g} "
-        f"is as {thresh / depth:.3g} on the global RMS, and {thresh * depth:.3g} as {thresh:g} "
-        "there; --filter-type conv goes no deeper"
+        f"with noise for each pixel the matched filter goes {depth:.2f} times deeper: --thresh "
+        f"{thresh:g} is like {thresh / depth:.3g} with the global RMS; for the depth of {thresh:g} "
+        f"there, use --thresh {thresh * depth:.3g}, or --filter-type conv"
     )
 
 
 @np.errstate(over="ignore")
 def counts_advice(field, values):
-    """Return a text on an image in which over 40 % of the pixels are one value, and so no noise.
+    """Warn if more than 40 % of the pixels have the same value, so that the noise is not measured.
 
-    `values` is a sample of the image. Rounded noise with values on both sides of its commonest one
-    is measured well; where that is the lowest, photons are sparse, or the background is cut off.
+    `values` is a sample of the image. The noise of rounded values is measured well if there are
+    others on both sides of the most common one. If that is the lowest, the image has few photons,
+    or a background that is clipped.
     """
     levels, numbers = np.unique(values, return_counts=True)
-    if not field.method.measures_noise() or len(levels) < 2:
+    if not field.method.estimates_noise() or len(levels) < 2:
         return None
     part, level = numbers.max() / len(values), levels[numbers.argmax()]
     low, high = np.percentile(values, [1, 99], method="nearest")
-    if part <= 0.4 or (low < level < high and quantum_of(values)):
+    if part <= 0.4 or (low < level < high and digital_step(values)):
         return None
-    # Bernstein's inequality for Poisson counts under the filter, with odds of exp(14) against a
-    # peak of noise above the threshold; the rate is that of the zeros.
-    rate, fwhm, odds = -math.log(part), 4, 14
+    # Bernstein's inequality for Poisson counts in the effective area of a Gaussian filter, with
+    # odds of exp(14) against a peak of noise above the threshold. The rate is that of the zeros.
+    rate, fwhm, log_odds = -math.log(part), 4, 14
     area = math.pi / math.log(4) * fwhm**2
-    excess = math.sqrt(2 * rate * area * odds) + odds / 3
+    excess = math.sqrt(2 * rate * area * log_odds) + log_odds / 3
     thresh = level + np.diff(levels).min() * (rate + excess / area) - field.level()
     if not math.isfinite(thresh):
         return None
     return (
-        f"{100 * part:.0f} % of the pixels have the value {level:g}, so noise is no unit: mask "
-        "them if they hold no data; else take an absolute threshold (--err-option none --thresh "
-        f"{thresh:.3g}) and smooth more (--filter-case gaussian --filter-fwhm {fwhm})"
+        f"{100 * part:.0f} % of the pixels have the value {level:g}, so the noise is unknown: mask "
+        "them if they hold no data; else use an absolute threshold (--err-option none "
+        f"--thresh {thresh:.3g}) and smooth more (--filter-case gaussian --filter-fwhm {fwhm})"
     )
 
 
 def mask_advice(field):
-    """Return a text on a mask, of over 5 % of the pixels, that at least doubles the noise."""
+    """Warn if more than 5 % of the pixels are masked and this at least doubles the noise."""
     few = np.count_nonzero(field.mask) <= 0.05 * field.mask.size
-    if few or not field.method.measures_noise():
+    if few or not field.method.estimates_noise():
         return None
     hidden = field.mask & ~too_large(field.residual)
     if hidden.mean() <= 0.05:
@@ -2279,19 +2342,19 @@ def mask_advice(field):
     if not 0 < 2 * whole <= rms:
         return None
     return (
-        f"the mask makes the noise {rms / whole:.1f} times that of the whole image: if it hides "
-        "quiet sky, faint sources are lost; was it made for this image?"
+        f"the mask makes the noise {rms / whole:.1f} times that of the whole image: does it hide "
+        "empty sky, or was it made for another image?"
     )
 
 
 def boxes_advice(field, found):
-    """Return a text on sources larger than half a box of a background estimated in a single pass.
+    """Warn of sources larger than half a background box, if there is only a single pass.
 
-    Sources with a mean up to 6 times the noise may be nothing but a background that changes within
-    a box, for which larger boxes are wrong: they don't count.
+    Sources with a mean of less than 6 times the noise are ignored. They may be background that
+    varies within a box, for which larger boxes would be wrong.
     """
     objects, longest = found.objects, max(field.mask.shape)
-    settings = field.method.background.cut_to(field.mask.shape)
+    settings = field.method.background.limited_to(field.mask.shape)
     widest = max(settings.bw, settings.bh)
     large = objects[objects["npix"] > settings.bw * settings.bh / 2]
     large = large[large["flux"] > 6 * global_rms(field.background) * large["npix"]]
@@ -2301,13 +2364,12 @@ def boxes_advice(field, found):
     size = min(2 * max(widest, math.ceil(np.sqrt(width * height).max())), longest)
     return (
         f"sources larger than half a background box: {len(large)}; part of their light is taken "
-        f"for background: to measure them, use boxes of {size} pixels (--bw {size} --bh {size}), "
-        "if the background changes little over them"
+        f"for background; if that varies little over {size} pixels, use --bw {size} --bh {size}"
     )
 
 
 def no_sources_advice(field, found):
-    """Return a text on why there are no sources."""
+    """Warn if there are no sources."""
     if field.is_noiseless():
         return "the image is constant: no sources"
     if len(found.objects):
@@ -2323,7 +2385,7 @@ def no_sources_advice(field, found):
 
 
 def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=False):
-    """Return a converter for argparse: a finite int or float within bounds, more than `above`."""
+    """Return an argparse type: a finite int or float within bounds, greater than `above`."""
     wanted = "an odd number" if odd else "a whole number" if kind is int else "a finite number"
     for word, bound in (("of at least", minimum), ("above", above), ("and at most", maximum)):
         wanted += f" {word} {bound}" if math.isfinite(bound) else ""
@@ -2339,11 +2401,11 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=Fa
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes any negative number for a value, and whose errors are one line."""
+    """A parser that accepts any negative number as a value, and whose errors are one line."""
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        # argparse takes -1e-5 for an option, but nothing that begins with a blank.
+        # argparse takes -1e-5 for an option, unless it begins with a space.
         words = [f" {word}" if re.match(r"-\.?\d", word) else word for word in words]
         return super().parse_args(words, namespace)
 
@@ -2354,26 +2416,28 @@ class Parser(argparse.ArgumentParser):
 EXAMPLES = """examples:
   find and measure the sources of an image; then look at products/sources.png:
     source_extractor image.fits -o products
-  only what is beyond doubt, with a bright star masked:
+  only sources that are beyond doubt, with a bright star masked:
     source_extractor image.fits --thresh 5 --mask-box 40 140 215 300 -o sure
-  one extension of several, another of them as its mask:
+  an extension (HDU) of a FITS file, with another one as its mask:
     source_extractor hst.fits --hdu SCI --mask hst.fits --mask-hdu DQ --mask-bits 256 -o hst
   colours: detect in one band, measure in another:
     source_extractor r.fits --measure-image g.fits --aperture-diameters 6 10 -o g
-  nuclei in a microscope image, their labels as TIFF:
+  nuclei in a microscope image, with labels as TIFF:
     source_extractor nuclei.tif --bw 256 --bh 256 --minarea 30 --image-format tiff -o nuclei
 """
 
 
 def option_of(name):
-    """Return the option that argparse stores under this name."""
+    """Return the option for the name of an attribute of the parsed arguments."""
     return "--" + name.replace("_", "-")
 
 
 def add_option(group, names, kind, text, **keywords):
-    """Add an option of a type, or of a tuple of choices, whose help ends in its default."""
+    """Add an option of a type, or with a tuple of choices; its help ends with its default."""
     if isinstance(kind, tuple):
         keywords["choices"], kind = kind, type(kind[0])
+    elif kind is Path:
+        keywords.setdefault("metavar", "FILE")
     option = group.add_argument(*names.split(), type=kind, help=text, **keywords)
     if option.default not in (None, [], ()):
         option.help += " (default: %(default)s)"
@@ -2399,84 +2463,95 @@ def build_parser():
 
     group = parser.add_argument_group("input")
     add = partial(add_option, group)
-    add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)")
-    add("--plane", number(int, 0), "plane of a cube or stack, over the flattened other axes")
+    hdu, plane, level = {"metavar": "HDU"}, {"metavar": "INDEX"}, {"metavar": "LEVEL"}
+    pixels, boxes, factor = {"metavar": "PIXELS"}, {"metavar": "BOXES"}, {"metavar": "FACTOR"}
+    add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)", **hdu)
+    add("--plane", number(int, 0), "plane of a cube or stack, from 0", **plane)
     add("--mask", Path, "mask image, FITS or TIFF, of the same shape")
-    add("--mask-hdu", str, "HDU of the mask, as --hdu")
+    add("--mask-hdu", str, "HDU of the mask, as --hdu", **hdu)
     either = partial(add_option, group.add_mutually_exclusive_group())
-    either("--maskthresh", real, "mask pixels greater than this are masked")
-    text = "or: mask pixels with any of these bits are masked, such as 1 2 1024, or their sum"
+    either("--maskthresh", real, "mask where the mask image exceeds this", **level)
+    text = "or: mask where it has any of these bits, such as 1 2 1024, or their sum"
     either("--mask-bits", number(int, 1, 2**64 - 1), text, nargs="+", metavar="BIT")
     box = {"nargs": 4, "action": "append", "metavar": ("XMIN", "XMAX", "YMIN", "YMAX")}
-    add("--mask-box", number(int, 0), "mask 0-based pixels, ends included; repeatable", **box)
+    add(
+        "--mask-box",
+        number(int, 0),
+        "mask a box of 0-based pixels, ends included; repeatable",
+        **box,
+    )
     more = {"action": "append", "metavar": "VALUE"}
     add("--blank", real, "value of pixels without data, such as 0 in a mosaic; repeatable", **more)
-    add("--bridge", number(int, 0, 5), "interpolate over masks this narrow, pixels; 0: none")
+    add("--bridge", number(int, 0, 5), "interpolate over gaps up to this wide; 0: off", **pixels)
 
     add = partial(add_option, parser.add_argument_group("background"))
-    add("--bw", number(int, 8), "width of the boxes, pixels")
-    add("--bh", number(int, 8), "height of the boxes, pixels")
-    add("--fw", number(int, 1, 99, odd=True), "width of the median filter, boxes, odd")
-    add("--fh", number(int, 1, 99, odd=True), "height of the median filter, boxes, odd")
-    add("--fthresh", number(float, 0), "filter boxes this far from the median")
-    add("--background-passes", (1, 2), "with 2, mask the sources and estimate it again")
+    add("--bw", number(int, 8), "width of the boxes", **pixels)
+    add("--bh", number(int, 8), "height of the boxes", **pixels)
+    add("--fw", number(int, 1, 99, odd=True), "width of the median filter, odd", **boxes)
+    add("--fh", number(int, 1, 99, odd=True), "height of the median filter, odd", **boxes)
+    add("--fthresh", number(float, 0), "filter only boxes this far from the median", **level)
+    add("--background-passes", (1, 2), "2: mask the sources and estimate it again")
 
     add = partial(add_option, parser.add_argument_group("detection"))
-    add("--thresh", positive(), "times the noise; absolute without noise")
+    add("--thresh", positive(), "times the noise; absolute with --err-option none", **level)
     noises = ("float_globalrms", "array_rms", "none", "file")
     add("--err-option", noises, "noise: one number, RMS map, none, or --err-file")
     add("--err-file", Path, "noise image for --err-option file")
-    add("--err-hdu", str, "HDU of the noise image, as --hdu")
+    add("--err-hdu", str, "HDU of the noise image, as --hdu", **hdu)
     add("--err-type", ("stddev", "variance", "weight"), "weight is inverse variance")
-    add("--gain", positive(), "e-/ADU, for Poisson noise in errors")
-    add("--saturation", real, "level of saturated pixels (default: SATURATE)")
-    add("--minarea", number(int, 1, 2**31 - 1), "least pixels of a source")
+    add("--gain", positive(), "electrons per image unit, for Poisson noise in errors", **factor)
+    add("--saturation", real, "level of saturated pixels (default: SATURATE)", **level)
+    add("--minarea", number(int, 1, 2**31 - 1), "minimum number of pixels of a source", **pixels)
 
     add = partial(add_option, parser.add_argument_group("filter"))
     kernels = ("none", "default", "gaussian", "tophat", "file")
     add("--filter-case", kernels, "default is 1 2 1 / 2 4 2 / 1 2 1")
-    add("--filter-fwhm", positive(maximum=50), "FWHM of gaussian, diameter of tophat, pixels")
+    add("--filter-fwhm", positive(maximum=50), "FWHM of gaussian, diameter of tophat", **pixels)
     add("--filter-file", Path, "kernel as text or SExtractor's .conv")
-    add("--filter-type", ("matched", "conv"), "how to filter where noise is an array")
+    add("--filter-type", ("matched", "conv"), "how to filter if the noise is an array")
 
     group = parser.add_argument_group("deblending and cleaning")
     add = partial(add_option, group)
-    add("--deblend-nthresh", number(int, 1, 64), "number of levels")
-    add("--deblend-cont", number(float, 0, 1), "least contrast; 1 splits nothing")
-    text = "drop what bright neighbours make (default: on)"
+    add("--deblend-nthresh", number(int, 1, 64), "number of levels", metavar="LEVELS")
+    add("--deblend-cont", number(float, 0, 1), "minimum contrast; 1: no deblending", **factor)
+    text = "drop detections that are the light of bright neighbours (default: on)"
     group.add_argument("--clean", action=argparse.BooleanOptionalAction, help=text)
-    add("--clean-param", positive(), "a lower value drops more")
+    add("--clean-param", positive(), "a lower value drops more", metavar="VALUE")
 
     add = partial(add_option, parser.add_argument_group("photometry"))
-    add("--zeropoint", real, "magnitude of one count")
-    add("--kron-factor", positive(maximum=100), "Kron radii in the AUTO ellipse")
-    add("--kron-min-radius", positive(maximum=100), "its least radius, in (a, b)")
+    add("--zeropoint", real, "magnitude of a flux of 1", metavar="MAG")
+    add(
+        "--kron-factor", positive(maximum=100), "radius of the AUTO ellipse in Kron radii", **factor
+    )
+    add(
+        "--kron-min-radius", positive(maximum=100), "its minimum in units of a, b", metavar="RADIUS"
+    )
     size = positive(maximum=10_000)
-    add("--aperture-diameters", size, "of circles, pixels", nargs="+", metavar="D")
+    add("--aperture-diameters", size, "diameters of circular apertures", nargs="+", **pixels)
     add("--measure-image", Path, "detect on IMAGE, measure on this aligned image")
-    add("--measure-hdu", str, "HDU of the measure image, as --hdu")
-    add("--measure-plane", number(int, 0), "plane of the measure image, as --plane")
+    add("--measure-hdu", str, "HDU of the measure image, as --hdu", **hdu)
+    add("--measure-plane", number(int, 0), "plane of the measure image, as --plane", **plane)
 
     add = partial(add_option, parser.add_argument_group("output"))
-    add("-o --output-dir", Path, "of products without a path; made if missing", metavar="DIR")
+    add("-o --output-dir", Path, "for products without a path; created if missing", metavar="DIR")
     for name, product in PRODUCTS.items():
         default = product.default.format(".fits or .tiff")
         note = f"default: {default}" if default else "on request"
-        add(option_of(name), Path, f"{product.text} ({note})", metavar="PATH")
+        add(option_of(name), Path, f"{product.text} ({note})")
     add("--image-format", ("fits", "tiff"), "of images (default: by file extension, else fits)")
 
     group = parser.add_argument_group("general")
     volume = group.add_mutually_exclusive_group()
-    volume.add_argument("-v", "--verbose", action="store_true", help="tell stages and times")
-    volume.add_argument("-q", "--quiet", action="store_true", help="tell nothing but errors")
+    volume.add_argument("-v", "--verbose", action="store_true", help="show stages and times")
+    volume.add_argument("-q", "--quiet", action="store_true", help="show nothing but errors")
     add = partial(add_option, group)
-    add("--threads", number(int, 1, 1024), "processes that share the work; nothing else changes")
+    add("--threads", number(int, 1, 1024), "number of processes", metavar="NUMBER")
     group.add_argument("--version", action="version", version=SIGNATURE)
     return parser
 
 
 def check_usage(args):
-    """Return what is wrong with a combination of options, or None."""
+    """Return a message if options contradict each other, or None."""
     needs = {"mask_hdu": "mask", "mask_bits": "mask", "err_hdu": "err_file"}
     needs |= {"measure_hdu": "measure_image", "measure_plane": "measure_image"}
     for name, needed in needs.items():
@@ -2484,19 +2559,19 @@ def check_usage(args):
             return f"{option_of(name)} needs {option_of(needed)}"
     for choice, path in (("err_option", "err_file"), ("filter_case", "filter_file")):
         if (getattr(args, choice) == "file") != (getattr(args, path) is not None):
-            return f"{option_of(choice)} file and {option_of(path)} need each other"
+            return f"{option_of(choice)} file and {option_of(path)} must be given together"
     for xmin, xmax, ymin, ymax in args.mask_box:
         box = f"--mask-box {xmin} {xmax} {ymin} {ymax} (XMIN XMAX YMIN YMAX)"
         for line, first, last in (("column", xmin, xmax), ("row", ymin, ymax)):
             if first > last:
                 return f"{box}: first {line} {first} is after last {line} {last}"
     if len(set(map(aperture, args.aperture_diameters))) < len(args.aperture_diameters):
-        return "--aperture-diameters: each diameter may be given once"
+        return "--aperture-diameters: a diameter is repeated"
     inputs = (args.image, args.mask, args.err_file, args.filter_file, args.measure_image)
     taken = {os.path.realpath(path) for path in inputs if path}
     for name, path in product_paths(args).items():
         if os.path.realpath(path) in taken:
-            return f"{option_of(name)} {path}: the image or another option names this file already"
+            return f"{option_of(name)} {path}: already used as an input or for another product"
         if os.path.exists(path) and not os.path.isfile(path):
             return f"{option_of(name)} {path}: not a regular file"
         taken.add(os.path.realpath(path))
@@ -2504,7 +2579,7 @@ def check_usage(args):
 
 
 def product_paths(args):
-    """Return the path of each product to write, by name."""
+    """Return the paths of the products to write, by name."""
     paths = {}
     for name, product in PRODUCTS.items():
         default = product.default.format(f".{args.image_format or 'fits'}")
@@ -2520,7 +2595,7 @@ def product_paths(args):
 
 @timed("all")
 def run(args):
-    """Do the whole work, from the image to its products."""
+    """Process an image: read, find, measure, write."""
     mesh, extraction, photometry = (
         kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
         for kind in (BackgroundSettings, ExtractionSettings, PhotometrySettings)
@@ -2541,15 +2616,16 @@ def run(args):
         both = origin, measure_origin
         origin, measure_origin = (replace(each, saturation=args.saturation) for each in both)
     targets = product_paths(args)
-    with staged(targets) as paths:  # so that a place that can't be written fails before the work
+    with staged(targets) as paths:  # before the computation, so that it fails early if it must
         if args.threads > 1:
-            import matplotlib  # noqa: F401  # whose temporary directory a worker would leave behind
+            import matplotlib  # noqa: F401  # a worker would leave its temporary directory behind
         with about(origin.name):
             excluded = build_mask(pixels, mask, noise, args.mask_box)
-            padding, values = padding_of(pixels, excluded), sample(pixels, excluded)
+            padding, values = padding_value(pixels, excluded), sample(pixels, excluded)
             report_image(origin, pixels, excluded)
-            image = pixels, excluded, noise, method, origin.saturation
-            field = measure_field = subtract_background(*image, args.threads)
+            field = measure_field = subtract_background(
+                pixels, excluded, noise, method, origin.saturation, args.threads
+            )
             report_field(field)
             counts = counts_advice(field, values[values != padding])
             if field.is_noiseless() and counts:
@@ -2564,13 +2640,16 @@ def run(args):
             with about(measure_origin.name):
                 excluded = build_mask(measure_pixels, mask, None, args.mask_box)
                 report_image(measure_origin, measure_pixels, excluded)
-                image = measure_pixels, excluded, None, method.for_measuring()
-                level = measure_origin.saturation
-                measure_field = subtract_background(*image, level, args.threads)
+                level, measure_method = measure_origin.saturation, method.for_measuring()
+                measure_field = subtract_background(
+                    measure_pixels, excluded, None, measure_method, level, args.threads
+                )
         found = flag_pixels(found, field, measure_field)
         measured = measure(field, measure_field, found, photometry, args.threads)
-        columns, both = catalog_columns(photometry.aperture_diameters), (field, measure_field)
-        catalog = build_catalog(columns, found, measured, *both, origin.wcs, photometry)
+        columns = catalog_columns(photometry.aperture_diameters)
+        catalog = build_catalog(
+            columns, found, measured, field, measure_field, origin.wcs, photometry
+        )
         columns = name_units(columns, origin.unit, measure_origin.unit)
         settings = describe_settings(args, origin)
         result = Result(origin, field, found, catalog, columns, settings, args.image_format)
@@ -2580,9 +2659,9 @@ def run(args):
 
 
 def subtract_background(pixels, mask, noise, method, saturation, threads):
-    """Return the `Field` of an image; of two passes the second masks the sources of the first.
+    """Return the `Field` of an image; in a second pass, the sources of the first are masked.
 
-    Parameters else as in `build_field`.
+    `threads` is the number of processes; other parameters as in `build_field`.
     """
     objects = None
     if method.background_passes == 2:
@@ -2594,7 +2673,7 @@ def subtract_background(pixels, mask, noise, method, saturation, threads):
 
 
 def describe_settings(args, origin):
-    """Return the options that decide what is found, a line each; files by name, without path."""
+    """Return a line for each option that affects the results; file names without directories."""
     left_out = {"output_dir", "image_format", "verbose", "quiet", "threads", *PRODUCTS}
     options = vars(args) | {"hdu": origin.hdu}
     return [
@@ -2605,23 +2684,23 @@ def describe_settings(args, origin):
 
 
 def report_image(origin, pixels, mask):
-    """Log what was read, how much of it is masked, and what the header says, if it does."""
+    """Log what was read, how much is masked, and the header's beam and saturation level."""
     bad = np.count_nonzero(~np.isfinite(pixels[mask]))
     masked = 100 * np.count_nonzero(mask) / mask.size
     log.info("image         %s: %d x %d %s", origin.name, *pixels.shape[::-1], origin.dtype)
     log.info("masked        %.2f %% (%d pixels have no finite value)", masked, bad)
     if origin.beam:
-        log.info("beam          %.6g pixels, by which to divide fluxes", origin.beam)
+        log.info("beam area     %.6g pixels; divide fluxes by it", origin.beam)
     if not math.isnan(origin.saturation):
         log.info("saturation    %.6g", origin.saturation)
 
 
 def report_field(field):
-    """Log level, noise and threshold, in image values."""
+    """Log level, noise and threshold in image values."""
     rms = field.frame.differences(global_rms(field.background))
     log.info("background    %.6g, rms %.6g", field.level(), rms)
-    times = field.method.extraction.thresh / (field.depth() or 1)
-    noise = np.median(sample(field.detection_noise(), field.mask))
+    times = field.method.extraction.thresh / field.depth()
+    noise = np.median(sample(field.threshold_unit(), field.mask))
     thresh = field.frame.differences(times * float(noise))
     unit = "rms" if np.ndim(field.noise) == 0 else "noise, median"
     absolute = field.method.err_option == "none"
@@ -2629,35 +2708,35 @@ def report_field(field):
 
 
 def start_logging(args):
-    """Send reports to stdout and warnings to stderr; nowhere if it is closed."""
+    """Log reports to stdout and warnings to stderr, if these are open."""
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # of names that are no text
+            stream.reconfigure(errors="backslashreplace")  # for file names that can't be encoded
     reports, problems = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     reports.addFilter(lambda record: record.levelno < logging.WARNING)
     problems.setLevel(logging.WARNING)
     problems.setFormatter(logging.Formatter(f"{PROG}: warning: %(message)s"))
     log.handlers, log.propagate = [reports, problems], False
     log.setLevel(logging.ERROR if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
-    logging.raiseExceptions = False  # a reader of stdout may go away
+    logging.raiseExceptions = False  # the process that reads stdout may have ended
     logging.captureWarnings(True)
     for library in ("py.warnings", "astropy", "matplotlib"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def main(argv=None):
-    """Run the tool on command line arguments; return its exit code: 0, or 1 if it failed.
+    """Run the tool on command line arguments; return the exit code, 0 or 1.
 
-    Wrong arguments (2) and signals (128 and their number) raise a SystemExit.
+    Wrong arguments (code 2) and signals (128 plus their number) raise SystemExit.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     start_logging(args)
-    gc.disable()  # to look for cycles among what is imported takes 0.4 s, and at the end 0.6 s
+    gc.disable()  # garbage collection takes 0.4 s during imports, and 0.6 s at exit
     atexit.register(gc.freeze)
     try:
-        # Until there is something to remove, a signal ends the process at once.
+        # Until there are files to remove, a signal ends the process at once.
         with handling_signals(signal.SIG_DFL):
             if problem := check_usage(args):
                 parser.error(problem)
@@ -2668,9 +2747,9 @@ def main(argv=None):
     except MemoryError:
         problem = f"{args.image}: not enough memory; cut the image into parts"
     except Exception as error:
-        log.debug("what led to it", exc_info=True)
+        log.debug("traceback", exc_info=True)
         reason = f"{type(error).__name__}: {error}"
-        problem = f"{args.image}: a fault of the tool ({reason}); report it with what -v tells"
+        problem = f"{args.image}: internal error ({reason}); please report it with the output of -v"
     print(f"{PROG}: error: {one_line(problem)}", file=sys.stderr)
     return 1
 

@@ -18,7 +18,7 @@ def run(tmp_path, capsys):
         exact = ("--catalog-fits", exact_path(directory))
         code = call(*arguments, *exact * ("--catalog-fits" not in arguments), "-o", directory)
         result = Run(code, *capsys.readouterr(), directory)
-        assert "a fault of the tool" not in result.err
+        assert "internal error" not in result.err
         return result
 
     return run_tool

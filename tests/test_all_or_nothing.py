@@ -225,7 +225,7 @@ def test_a_run_after_one_that_was_stopped_is_a_run(write, stars, tmp_path, monke
         os.kill(os.getpid(), signal.SIGTERM)
 
     image = write(stars)
-    handlers = {number: signal.getsignal(number) for number in source_extractor.STOPS}
+    handlers = {number: signal.getsignal(number) for number in source_extractor.STOP_SIGNALS}
     with monkeypatch.context() as patch:
         patch.setattr(source_extractor, "build_mask", kill)
         assert call(image, "-o", tmp_path / "products") == 128 + signal.SIGTERM

@@ -12,7 +12,7 @@ from sky import galaxies, grid_positions, light, simulate, stars
 SHAPE = (1000, 1000)
 TOLD = re.compile(
     one_line(
-        "warning", r"sources larger than half a background box: (\d+);.*\((--bw \d+ --bh \d+)\).*"
+        "warning", r"sources larger than half a background box: (\d+);.* use (--bw \d+ --bh \d+)"
     )
 )
 

@@ -212,7 +212,9 @@ AREA = np.pi / (4 * np.log(2)) * np.prod(BEAM)
 
 def beams_told(result):
     assert result.code == 0
-    return [float(number) for number in re.findall(r"^beam +([\d.]+) pixels", result.out, re.M)]
+    return [
+        float(number) for number in re.findall(r"^beam area +([\d.]+) pixels", result.out, re.M)
+    ]
 
 
 def test_a_flux_divided_by_the_beam_is_that_of_the_source(run, write):

@@ -132,7 +132,7 @@ def test_a_large_kernel_filters_as_a_small_one(monkeypatch, err_option):
 
 @pytest.mark.parametrize("portion", [1, 2**18])
 def test_all_pairs_that_reach_each_other_are_met_once(monkeypatch, portion):
-    monkeypatch.setattr(source_extractor, "PORTION", portion)
+    monkeypatch.setattr(source_extractor, "CHUNK", portion)
     rng = np.random.default_rng(5)
     x, y = rng.uniform(-5, 300, (2, 200))
     reach = 10 ** rng.uniform(-1, 2, 200)

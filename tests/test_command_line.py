@@ -322,7 +322,7 @@ def test_a_fault_of_the_tool_is_called_so(write, stars, tmp_path, monkeypatch, c
     assert call(write(stars), option, "-o", tmp_path / "products") == 1
     said = capsys.readouterr()
     assert re.fullmatch(ONE_ERROR, said.err)
-    assert "a fault of the tool (KeyError: 'no such')" in said.err
+    assert "internal error (KeyError: 'no such')" in said.err
     assert ("Traceback" in said.out) == (option == "-v")
     assert not list(tmp_path.glob("products/*"))
 

@@ -133,7 +133,7 @@ def half_empty():
 def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
     image = half_empty()
     result = run(write(image))
-    assert re.search(one_line("warning", r"45 % of the image is exactly 0.0: .*"), result.err)
+    assert re.search(one_line("warning", r"45 % of the pixels are exactly 0.0: .*"), result.err)
     assert "have the value" not in result.err
     masked = run(write(image, "masked.fits"), "--mask-box", 0, 229, 0, 511)
     assert "have the value" not in masked.err

@@ -52,7 +52,7 @@ def test_what_is_no_kernel_is_not_read_to_its_end(run, write, stars, tmp_path, k
         with open(tmp_path / "kernel", "wb") as file:
             file.truncate(10**11)
     result = run(write(stars), "--filter-case", "file", "--filter-file", tmp_path / "kernel")
-    text = "a directory, pipe or device" if kind == "pipe" else "not rows of numbers"
+    text = "a directory, pipe or device" if kind == "pipe" else "not a kernel"
     result.assert_refused("kernel", text)
 
 

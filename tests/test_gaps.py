@@ -291,7 +291,7 @@ def test_nothing_beyond_the_edge_is_taken_for_data():
     np.testing.assert_allclose(image[mask].sum(), star[mask].sum(), rtol=0.02)
 
 
-# In portions
+# In chunks of rows
 
 
 def holes():
@@ -305,7 +305,7 @@ def holes():
 def test_portions_change_nothing_but_roundings(monkeypatch, portion, widest):
     mask, bridges = holes(), []
     for pixels in (portion, mask.size):
-        monkeypatch.setattr(source_extractor, "PORTION", pixels)
+        monkeypatch.setattr(source_extractor, "CHUNK", pixels)
         image, noise = field() - 100, np.where(mask, 1e30, 1 + np.indices(SHAPE)[1] / 100)
         image[mask] = np.nan
         bridges.append((bridge(image, noise, mask, 1.0, widest), image, noise))
@@ -317,7 +317,7 @@ def test_portions_change_nothing_but_roundings(monkeypatch, portion, widest):
 
 
 def test_bridges_take_the_memory_of_a_few_masks(monkeypatch):
-    monkeypatch.setattr(source_extractor, "PORTION", 1000)
+    monkeypatch.setattr(source_extractor, "CHUNK", 1000)
     image, mask = field() - 100, holes()
     tracemalloc.start()
     try:
@@ -325,4 +325,4 @@ def test_bridges_take_the_memory_of_a_few_masks(monkeypatch):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 3 * mask.size + 500 * source_extractor.PORTION
+    assert peak < 3 * mask.size + 500 * source_extractor.CHUNK

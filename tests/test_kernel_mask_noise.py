@@ -100,7 +100,7 @@ def test_a_stack_of_masks_gives_the_plane_of_the_image_and_one_mask_serves_all(
     cube = write(np.stack([stars, stars]), "cube.fits")
     masks = np.stack([np.zeros(SHAPE, np.uint8), block(1, np.uint8)])
     stack = put(masks)
-    run(image, "--mask", stack).assert_refused(stack.name, "2 planes", "give one")
+    run(image, "--mask", stack).assert_refused(stack.name, "2 planes", "give a file with one plane")
     assert [len(run(cube, "--plane", k, "--mask", stack).catalog) for k in (0, 1)] == [6, 5]
     assert len(run(cube, "--plane", 1, "--mask", put(masks[1])).catalog) == 5
 

@@ -203,16 +203,21 @@ def test_position_errors_leave_out_masked_pixels_and_what_is_beyond_the_edge(run
     assert a > 1.05 * b
 
 
-def test_flags_are_those_of_seps_ellipses(measured):
-    shape = [measured.catalog[name].to_numpy() for name in ("x", "y", "a", "b", "theta")]
+def test_auto_is_seps_with_sextractors_recipe(measured):
+    catalog = measured.catalog
+    shape = [catalog[name].to_numpy() for name in ("x", "y", "a", "b", "theta")]
     shape[4] = np.clip(shape[4], -np.pi / 2, np.pi / 2)
     residual, labels = measured.residual.astype("f4"), measured.segmentation.astype("i4")
-    others = {"segmap": labels, "seg_id": measured.catalog["id"].to_numpy(np.int32)}
-    _, kron_flag = sep.kron_radius(residual, *shape, 6.0, **others)
-    kron = measured.catalog["kron_radius"].to_numpy()
-    *_, flag = sep.sum_ellipse(residual, *shape, kron, err=measured.noise, subpix=1, **others)
+    others = {"segmap": labels, "seg_id": catalog["id"].to_numpy(np.int32)}
+    kron, kron_flag = sep.kron_radius(residual, *shape, 6.0, **others)
+    kron = np.maximum(2.5 * kron, 3.5)
+    ellipses = {"err": measured.noise, "subpix": 1, **others}
+    flux, error, flag = sep.sum_ellipse(residual, *shape, kron, **ellipses)
+    assert_allclose(catalog["kron_radius"], kron, rtol=1e-6)
+    assert_allclose(catalog["flux_auto"], flux, rtol=1e-6, atol=1e-3)
+    assert_allclose(catalog["fluxerr_auto"], error, rtol=1e-6)
     of_the_larger_reach = sep.APER_TRUNC | sep.APER_HASMASKED
-    assert_array_equal(measured.catalog["flag_auto"], flag | (kron_flag & ~of_the_larger_reach))
+    assert_array_equal(catalog["flag_auto"], flag | (kron_flag & ~of_the_larger_reach))
 
 
 # Options

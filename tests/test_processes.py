@@ -20,7 +20,7 @@ import source_extractor
 from common import SCRIPT, all_nine, call, field_of
 from contract import NINE, ONE_ERROR
 from sky import blobs, random_sources, simulate
-from source_extractor import InputError, find_sources, make_kernel, share
+from source_extractor import InputError, find_sources, make_kernel, run_jobs
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_batches_of_objects_change_nothing(monkeypatch, kernel, noise, threads):
         assert_allclose(objects[name], whole.objects[name], rtol=1e-5, atol=1e-6, err_msg=name)
     assert_array_equal(np.bincount(labels.ravel())[1:], objects["npix"])
     assert not labels[mask].any()
-    assert (objects["flag"] & source_extractor.BESIDE_MASK > 0).any()
+    assert (objects["flag"] & source_extractor.NEXT_TO_MASK > 0).any()
 
 
 @pytest.mark.parametrize("levels", [1, 32])
@@ -103,7 +103,7 @@ def test_jobs_come_back_in_their_order():
         time.sleep(0.02 * (number % 3))
         return number, os.getpid()
 
-    numbers, processes = zip(*share([partial(job, i) for i in range(20)], 3), strict=True)
+    numbers, processes = zip(*run_jobs([partial(job, i) for i in range(20)], 3), strict=True)
     assert numbers == tuple(range(20))
     assert len(set(processes)) == 3
     assert os.getpid() not in processes
@@ -115,7 +115,7 @@ def test_what_a_job_raises_is_raised(threads):
         raise InputError("no such thing")
 
     with pytest.raises(InputError, match="no such thing"):
-        list(share([int, refuse, int], threads))
+        list(run_jobs([int, refuse, int], threads))
     assert not multiprocessing.active_children()
 
 

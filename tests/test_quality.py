@@ -71,7 +71,7 @@ def test_values_and_their_sum_are_the_same(run, image, write, bits, masked):
 def test_bits_of_a_floating_point_mask_are_refused(run, image, write):
     mask = write(np.ones(SHAPE, "f4"), "mask.fits")
     result = run(image, "--mask", mask, "--mask-bits", 1)
-    result.assert_refused("mask.fits", "whole numbers", "--mask-bits")
+    result.assert_refused("mask.fits", "--mask-bits needs integers")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def mosaic():
 def test_padding_costs_a_warning_with_its_value_and_as_blank_is_like_nan(run, write, mosaic, value):
     image, outside = mosaic
     padded = write(np.where(outside, value, image).astype("f4"), "padded.fits")
-    said = r"(\d+) % of the image is exactly (\S+): .*\(--blank (\S+)\)"
+    said = r"(\d+) % of the pixels are exactly (\S+): .* use --blank (\S+)"
     ((part, told, again),) = re.findall(said, run(padded).err)
     assert int(part) == round(100 * outside.mean())
     assert float(told) == float(again) == value
@@ -191,14 +191,14 @@ def test_a_background_that_is_cut_off_at_0_is_no_padding(run, write):
     options = ("--err-option", "none", "--thresh", 20)
     assert "exactly" not in run(write(cut), *options).err
     padded = np.where(cut > 0, cut + 130, 0).astype("f4")  # of the same outline
-    assert "is exactly 0.0" in run(write(padded, "padded.fits"), *options).err
+    assert "are exactly 0.0" in run(write(padded, "padded.fits"), *options).err
 
 
 def test_padding_is_told_though_pixels_of_it_are_masked(run, write, mosaic):
     image, outside = mosaic
     path = write(np.where(outside, 0, image).astype("f4"))
     mask = (np.random.default_rng(1).random(image.shape) < 0.1).astype("u1")
-    assert "is exactly 0.0" in run(path, "--mask", write(mask, "mask.fits")).err
+    assert "are exactly 0.0" in run(path, "--mask", write(mask, "mask.fits")).err
 
 
 # Saturation

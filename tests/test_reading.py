@@ -449,7 +449,7 @@ def test_a_tiff_of_several_images_gives_the_first_and_says_how_to_get_others(run
     result = run(two)
     assert result.code == 0
     assert result.image("segmentation").shape == stars.shape
-    assert "first of its 2 images; choose another, 0 to 1, with --hdu" in result.err
+    assert "first of its 2 images; choose one, 0 to 1, with the HDU option" in result.err
     assert result.err.count("\n") == 1
 
 
@@ -518,7 +518,7 @@ def test_a_plane_in_another_file_of_an_ome_set_is_refused_and_that_file_not_read
         text = OME.format(0).replace("c1.tif", name)
         tifffile.imwrite(tmp_path / "c0.tif", planes[0], description=text, metadata=None)
         result = run(tmp_path / "c0.tif", "--plane", 1)
-        result.assert_refused("this plane isn't in it; give another file of its set")
+        result.assert_refused("it lacks this plane; if it belongs to a set of files")
         assert "damaged" not in result.err
 
 
@@ -704,7 +704,7 @@ def test_a_fault_of_the_tool_is_not_called_damage(put, stars, monkeypatch, capsy
     monkeypatch.setattr(source_extractor, "product_of", lambda _: {}["no such"])
     path = put(form(stars))
     assert call(path, "-o", path.parent) == 1
-    assert "a fault of the tool (KeyError: 'no such')" in capsys.readouterr().err
+    assert "internal error (KeyError: 'no such')" in capsys.readouterr().err
 
 
 # Limits
@@ -715,7 +715,7 @@ def test_what_takes_too_long_to_open_is_refused(run, put, monkeypatch):
     before = [resource.getrlimit(kind) for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS)]
     monkeypatch.setattr(source_extractor, "SECONDS_TO_OPEN", 1)
     many = put(empty[:2880] + empty[2880:] * 20_000)
-    run(many).assert_refused(NAME, "it takes too much time or memory to open; get the file again")
+    run(many).assert_refused(NAME, "opening it takes too much time or memory; get a new copy")
     after = [resource.getrlimit(kind) for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS)]
     assert after == before
     assert not multiprocessing.active_children()
@@ -726,7 +726,7 @@ def test_what_takes_too_long_to_open_is_refused(run, put, monkeypatch):
 def test_what_takes_too_much_memory_to_open_is_refused(run, put, monkeypatch):
     monkeypatch.setattr(source_extractor, "BYTES_TO_OPEN", 2 * 10**7)
     endless = put(WHOLE[:320].ljust(4 * 10**7))
-    text = "it takes too much time or memory to open; get the file again"
+    text = "opening it takes too much time or memory; get a new copy"
     run(endless).assert_refused(NAME, text)
     assert_pixels(put(WHOLE), SMOOTH)
 
@@ -750,20 +750,20 @@ def test_a_crash_of_a_library_on_opening_is_told_as_damage(run, put, monkeypatch
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(source_extractor, "open_fits", crash)
-    run(put(WHOLE)).assert_refused(NAME, "damaged", "get the file again")
+    run(put(WHOLE)).assert_refused(NAME, "damaged", "get a new copy")
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress])
 def test_a_packed_file_is_unpacked_up_to_a_limit(put, monkeypatch, pack):
     path, size = put(pack(WHOLE)), len(WHOLE)
     assert path.stat().st_size < size
-    monkeypatch.setattr(source_extractor, "UNPACKED_TIMES", 1)
+    monkeypatch.setattr(source_extractor, "UNPACKED_RATIO", 1)
     monkeypatch.setattr(source_extractor, "UNPACKED_BYTES", size)
     assert_pixels(path, SMOOTH)
     monkeypatch.setattr(source_extractor, "UNPACKED_BYTES", size - 1)
     with pytest.raises(InputError, match=f"{NAME}.*it unpacks to more than {size - 1} bytes"):
         pixels_of(path)
-    monkeypatch.setattr(source_extractor, "UNPACKED_TIMES", 1 + size // path.stat().st_size)
+    monkeypatch.setattr(source_extractor, "UNPACKED_RATIO", 1 + size // path.stat().st_size)
     assert_pixels(path, SMOOTH)
 
 
@@ -772,9 +772,9 @@ def test_an_image_larger_than_the_memory_is_refused_before_it_is_read(
     put, monkeypatch, dtype, size
 ):
     path, needed = put(fits_bytes(SMOOTH.astype(dtype))), 3 * SMOOTH.size * size
-    monkeypatch.setattr(source_extractor, "available_memory", lambda: needed)
+    monkeypatch.setattr(source_extractor, "memory_limit", lambda: needed)
     assert_pixels(path, SMOOTH.astype(dtype))
-    monkeypatch.setattr(source_extractor, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(source_extractor, "memory_limit", lambda: needed - 1)
     with pytest.raises(InputError, match=f"{NAME}.* 64 x 48 pixels need .* GB of memory"):
         pixels_of(path)
 
@@ -800,4 +800,4 @@ def test_memory_is_what_machine_group_and_ulimit_leave(monkeypatch, group, ulimi
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**6}.get)
     monkeypatch.setattr(Path, "read_text", read_text)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits.get(kind, infinite), infinite))
-    assert source_extractor.available_memory() == expected
+    assert source_extractor.memory_limit() == expected

@@ -252,9 +252,9 @@ SCAMP = {f"PV{i}_{j}": 1e-2 / (i + j) for i in (1, 2) for j in (0, 4, 5, 6)} | {
 @pytest.mark.parametrize(
     ("kind", "cards_", "planes", "told"),
     [
-        ("TAN-SIP", SIP | SCAMP, (2,), "SIP is taken, PV ignored"),
-        ("TPV", SIP | SCAMP, (), "PV is taken, SIP ignored"),
-        ("TAN", SIP | SCAMP, (1,), "PV is taken, SIP ignored"),
+        ("TAN-SIP", SIP | SCAMP, (2,), "SIP is used, PV ignored"),
+        ("TPV", SIP | SCAMP, (), "PV is used, SIP ignored"),
+        ("TAN", SIP | SCAMP, (1,), "PV is used, SIP ignored"),
         ("TAN", SIP, (), "SIP is applied, though CTYPE lacks -SIP"),
         ("TAN", SIP, (2,), "SIP is applied, though CTYPE lacks -SIP"),
     ],
@@ -438,7 +438,7 @@ def test_the_same_sky_in_another_frame_is_no_cause_for_a_warning(write, stars, t
 def test_another_wcs_costs_a_warning(write, stars, told, header, away):
     measured_on(write, stars, header)
     (text,) = told
-    assert re.search(rf"other\.fits.*WCS.* {away} .*pixels away", text)
+    assert re.search(rf"other\.fits.*WCS.* {away} .*pixels;", text)
 
 
 def test_with_another_wcs_the_pixels_are_measured_and_positions_are_the_images(run, write, stars):

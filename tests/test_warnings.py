@@ -39,7 +39,9 @@ def test_a_product_as_image_costs_a_warning(products, told, role, form):
     read_image(path)
     read_mask(path, None, None, 1e6, None, SHAPE)  # which does not
     (text,) = told
-    pattern = rf"{re.escape(path.name)}.*: its HISTORY .* the {role} of an earlier run;.*original.*"
+    pattern = (
+        rf"{re.escape(path.name)}.*: its HISTORY .* the {role} of an earlier run;.*right image.*"
+    )
     assert re.fullmatch(pattern, text)
 
 

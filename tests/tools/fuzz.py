@@ -11,7 +11,7 @@ Each case is made from the seed and its number alone, and run in a process of it
 
 A case fails if the process crashes, takes more than 60 s or 1 GB, or ends with another exit code
 than 0, 1 and 2; if stderr holds anything but warnings and one error, a line each; if an error is
-called a fault of the tool; if anything is changed without success; or if a product can't be read,
+called internal error; if anything is changed without success; or if a product can't be read,
 or something else is left. With a fault all products are as before, or as without it, to the byte;
 SIGKILL may leave one hidden directory, beside which the next run must succeed.
 
@@ -359,7 +359,7 @@ def fault_of_words(end, directory, stop=None):
         return f"ended with {end.status}"
     if end.peak > BYTES:
         return f"took {end.peak / 1e9:.1f} GB"
-    if any("a fault of the tool" in line for line in said):
+    if any("internal error" in line for line in said):
         return "called it a fault of its own"
     return f"said {errors} errors" if errors != (end.status in (1, 2)) else None
 
