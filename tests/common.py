@@ -21,7 +21,6 @@ DATA = Path(__file__).parent.parent / "test-data"
 SKY = DATA / "sky.fits"
 
 SHAPE = NY, NX = 120, 160  # of the fixture `stars`
-NINE_OPTIONS = "--aperture-diameters", 5, 7.5  # of the fixture `nine`
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,7 @@ def all_nine(directory):
 
 
 def tree(directory):
-    """Return the content of all below a directory, hidden ones too, by relative path.
-
-    That is of files; directories have none, and count if they are hidden.
-    """
+    """Return the content of all files below a directory; hidden directories count, as empty."""
     return {
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b""
         for path in directory.rglob("*")
@@ -111,8 +107,8 @@ def exact_path(directory):
 
 def table_path(directory):
     """Return where the FITS table of a run is, None if it has written none."""
-    paths = exact_path(directory), directory / ON_REQUEST["--catalog-fits"]
-    return next((path for path in paths if path.exists()), None)
+    paths = exact_path(directory), directory / "catalog.fits"
+    return next(filter(Path.exists, paths), None)
 
 
 def read_catalog(directory):

@@ -4,7 +4,7 @@ import pytest
 from astropy.io import fits
 
 import source_extractor
-from common import DATA, NINE_OPTIONS, SHAPE, SKY, Run, all_nine, call, exact_path, extract
+from common import DATA, SHAPE, SKY, Run, all_nine, call, exact_path, extract
 from sky import blobs, random_sources, simulate
 
 
@@ -41,10 +41,7 @@ def data():
 
 @pytest.fixture
 def stars():
-    """Return a float32 image (120, 160) of white noise (sigma 1) with six round sources on 100.
-
-    One source stands near the lower left corner: (x, y) = (12, 9).
-    """
+    """Return a float32 image (120, 160) of white noise (sigma 1) with six round sources on 100."""
     centres = (12, 9), (40, 30), (80.3, 60.7), (120, 100), (140.5, 20.5), (30, 95)
     return blobs(SHAPE, *centres, peak=40, seed=7)
 
@@ -54,10 +51,9 @@ def nine(tmp_path_factory):
     """Return the directory of all nine products of the simulated sky, whose unit is nJy."""
     directory = tmp_path_factory.mktemp("nine")
     image = directory.with_name("nine.fits")
-    header = fits.getheader(SKY)
-    header["BUNIT"] = "nJy"
-    fits.PrimaryHDU(fits.getdata(SKY), header).writeto(image)
-    extract(image, *NINE_OPTIONS, *all_nine(directory))
+    fits.writeto(image, *fits.getdata(SKY, header=True))
+    fits.setval(image, "BUNIT", value="nJy")
+    extract(image, "--aperture-diameters", 5, 7.5, *all_nine(directory))
     return directory
 
 

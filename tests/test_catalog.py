@@ -15,12 +15,20 @@ from astropy.io.votable.ucd import check_ucd
 from astropy.table import Table
 from numpy.testing import assert_allclose
 
-from common import SHAPE, read_catalog, table_path
+from common import SHAPE, table_path
 from contract import COLUMNS, SEP_FIELDS
+from headers import cards
 from sky import blobs
 from source_extractor import unit_of_sums
 
 # Columns and text
+
+DIAMETERS = "0.25", "1000", "12.3456789"
+WITH_APERTURES = COLUMNS + [
+    f"{quantity}_aper_{diameter}"
+    for diameter in DIAMETERS
+    for quantity in ("flux", "fluxerr", "mag", "magerr")
+]
 
 
 @pytest.mark.parametrize(
@@ -37,29 +45,14 @@ def test_the_columns_are_the_same_whatever_the_input(run, tmp_path, stars, contr
     assert list(run(tmp_path / "image", *options).catalog) == COLUMNS
 
 
-@pytest.mark.parametrize("thresh", [1.5, 1000], ids=["sources", "no-sources"])
-def test_each_aperture_adds_four_columns_in_the_order_given(run, write, stars, thresh):
-    diameters = ["0.25", "1000", "12.3456789"]
-    result = run(write(stars), "--aperture-diameters", *diameters, "--thresh", thresh)
-    assert list(result.catalog) == COLUMNS + [
-        f"{quantity}_aper_{diameter}"
-        for diameter in diameters
-        for quantity in ("flux", "fluxerr", "mag", "magerr")
-    ]
+def test_each_aperture_adds_four_columns_in_the_order_given(run, write, stars):
+    catalog = run(write(stars), "--aperture-diameters", *DIAMETERS).catalog
+    assert list(catalog) == WITH_APERTURES
 
 
 def test_the_catalogues_fields_are_seps_own():
     objects = sep.extract(np.eye(9, dtype=np.float32), 0.5)
     assert list(objects.dtype.names) == SEP_FIELDS
-
-
-def test_the_catalogue_has_one_line_of_names_and_one_a_source(nine):
-    lines = (nine / "catalog.tsv").read_text().split("\n")
-    assert lines[-1] == ""
-    labels = [line.split("\t")[0] for line in lines[1:-1]]
-    assert labels == [str(number) for number in range(1, len(labels) + 1)]
-    assert len(labels) == fits.getdata(nine / "segmentation.fits").max()
-    assert {line.count("\t") for line in lines[:-1]} == {len(read_catalog(nine).columns) - 1}
 
 
 def assert_rounded(directory):
@@ -79,7 +72,9 @@ def assert_rounded(directory):
 
 
 def test_the_text_is_the_fits_table_to_ten_digits(nine):
-    assert_rounded(nine)
+    number = fits.getdata(nine / "segmentation.fits").max()
+    assert list(assert_rounded(nine)["id"]) == [str(label) for label in range(1, number + 1)]
+    assert (nine / "catalog.tsv").read_text().count("\n") == 1 + number
 
 
 def test_whole_numbers_have_no_point_and_unknown_ones_are_nan(run, write, stars):
@@ -91,11 +86,11 @@ def test_whole_numbers_have_no_point_and_unknown_ones_are_nan(run, write, stars)
 def test_without_sources_the_catalogues_keep_their_columns(run, write, tmp_path):
     table, regions = tmp_path / "catalog.fits", tmp_path / "sources.reg"
     options = ("--thresh", 100, "--catalog-fits", table, "--regions", regions)
-    result = run(write(blobs((64, 64))), *options)
+    result = run(write(blobs((64, 64))), *options, "--aperture-diameters", *DIAMETERS)
     assert result.code == 0
     assert "warning: no sources" in result.err
-    assert (result.directory / "catalog.tsv").read_text() == "\t".join(COLUMNS) + "\n"
-    assert (Table.read(table).colnames, len(Table.read(table))) == (COLUMNS, 0)
+    assert (result.directory / "catalog.tsv").read_text() == "\t".join(WITH_APERTURES) + "\n"
+    assert (Table.read(table).colnames, len(Table.read(table))) == (WITH_APERTURES, 0)
     assert "ellipse" not in regions.read_text()
     assert not result.image("segmentation").any()
 
@@ -115,18 +110,15 @@ def test_columns_have_units_but_for_pure_numbers(nine):
     assert {name for name, unit in units.items() if unit is None} == pure_numbers
 
 
-def test_every_column_has_a_description_of_its_own_and_a_ucd_of_the_ivoa(nine):
+def test_the_fits_table_tells_how_it_was_made_and_what_its_columns_are(nine):
     header = fits.getheader(nine / "catalog.fits", 1)
+    assert "thresh = 1.5" in list(header["HISTORY"])
     numbers = range(1, header["TFIELDS"] + 1)
     descriptions = {header[f"TCOMM{number}"] for number in numbers}
     assert len(descriptions - {""}) == len(numbers)
     for number in numbers:
         ucd = header[f"TUCD{number}"]
         assert check_ucd(ucd, check_controlled_vocabulary=True), header[f"TTYPE{number}"]
-
-
-def test_the_fits_catalogue_tells_how_it_was_made(nine):
-    assert "thresh = 1.5" in list(fits.getheader(nine / "catalog.fits", 1)["HISTORY"])
 
 
 # Units
@@ -136,7 +128,6 @@ def test_the_fits_catalogue_tells_how_it_was_made(nine):
     ("unit", "expected"),
     [
         ("Jy/beam", u.Jy * u.pix / u.beam),
-        ("mJy beam-1", u.mJy * u.pix / u.beam),
         ("JY/BEAM", u.Jy * u.pix / u.beam),
         ("Jy/beam.km/s", u.Jy * u.pix / u.beam * u.km / u.s),
         ("MJy/sr", u.MJy * u.pix / u.sr),
@@ -144,8 +135,6 @@ def test_the_fits_catalogue_tells_how_it_was_made(nine):
         ("1e-20 erg/s/cm2/arcsec2", 1e-20 * u.erg / u.s / u.cm**2 * u.pix / u.arcsec**2),
         ("adu/pixel", u.adu),
         ("ct/s/pix", u.ct / u.s),
-        ("DN/pixel", u.Unit("DN")),
-        ("electron/s/pix", u.electron / u.s),
         ("1/pixel", u.dimensionless_unscaled),
     ],
 )
@@ -156,15 +145,10 @@ def test_a_sum_of_pixels_in_a_unit_per_area_is_in_another(unit, expected):
     assert "per" not in found
 
 
-OTHER_UNITS = [
-    *("ADU", "nJy", "erg/s/cm2/Angstrom", "W m-2", "K", "counts/pixel", "furlong", "m m("),
-    *("mag(AB)", "dex(cm/s2)", "10**(99999999) Jy/beam", "3 Jy", "1e-20 erg/s"),
-]
-
-
-@pytest.mark.parametrize("unit", OTHER_UNITS)
-def test_a_sum_of_pixels_in_any_other_unit_is_in_it(unit):
-    assert unit_of_sums(unit) == unit
+def test_a_sum_of_pixels_in_any_other_unit_is_in_it():
+    units = ["ADU", "nJy", "erg/s/cm2/Angstrom", "W m-2", "K", "counts/pixel", "furlong", "m m("]
+    units += ["mag(AB)", "dex(cm/s2)", "10**(99999999) Jy/beam", "3 Jy", "1e-20 erg/s"]
+    assert [unit_of_sums(unit) for unit in units] == units
 
 
 @pytest.mark.parametrize(
@@ -202,19 +186,15 @@ def test_astropy_reads_the_units_which_are_those_of_the_image_that_was_measured(
 
 # The beam of the image in pixels, wide and narrow, and its scale in degrees a pixel.
 BEAM, SCALE = (5.0, 4.0), 1e-3
-RADIO = {
-    **{"CTYPE1": "RA---SIN", "CTYPE2": "DEC--SIN", "CRVAL1": 83.6, "CRVAL2": 22.0},
-    **{"CRPIX1": 70.5, "CRPIX2": 50.5, "CDELT1": -SCALE, "CDELT2": SCALE},
-    **{"BMAJ": BEAM[0] * SCALE, "BMIN": BEAM[1] * SCALE, "BPA": 90.0, "BUNIT": "Jy/beam"},
-}
+RADIO = cards("RA---SIN", "DEC--SIN", SCALE, BUNIT="Jy/beam", BPA=90.0)
+RADIO |= {"BMAJ": BEAM[0] * SCALE, "BMIN": BEAM[1] * SCALE}
 AREA = np.pi / (4 * np.log(2)) * np.prod(BEAM)
 
 
 def beams_told(result):
     assert result.code == 0
-    return [
-        float(number) for number in re.findall(r"^beam area +([\d.]+) pixels", result.out, re.M)
-    ]
+    told = re.findall(r"^beam area +([\d.]+) pixels", result.out, re.MULTILINE)
+    return [float(number) for number in told]
 
 
 def test_a_flux_divided_by_the_beam_is_that_of_the_source(run, write):

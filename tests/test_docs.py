@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Ellipse
 
 import source_extractor
-from source_extractor import build_parser, catalog_columns, check_usage, option_of
+from source_extractor import COLUMNS, build_parser, check_usage, option_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -79,36 +79,45 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("option", ACTIONS)
-def test_every_option_and_its_default_is_documented(option):
-    assert re.search(rf"^\| .*`{option}[`\s]", OPTIONS, re.MULTILINE)
-    if option in DEFAULTS:
-        rows = [line.split("|") for line in OPTIONS.splitlines() if line.startswith("| `-")]
+def test_every_option_and_its_default_is_documented():
+    rows = [line.split("|") for line in OPTIONS.splitlines() if line.startswith("| `-")]
+    for option in ACTIONS:
+        assert re.search(rf"^\| .*`{option}[`\s]", OPTIONS, re.MULTILINE), option
+    for option, default in DEFAULTS.items():
         names, defaults = next(row[1:3] for row in rows if f"`{option}`" in row[1])
         options = re.findall(r"`(--[\w-]+)", names)
-        written = defaults.replace("`", "").split(",")
-        assert len(written) == len(options)
-        assert written[options.index(option)].strip() == str(DEFAULTS[option])
+        written = dict(zip(options, defaults.replace("`", "").split(","), strict=True))
+        assert written[option].strip() == str(default), option
 
 
 # Columns
 
 
-def table_of_columns(text):
-    """Return names and units of the columns in a Markdown table, in its order."""
-    rows = text[text.index("| `id` |") :].split("\n\n")[0].splitlines()
-    cells = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
-    return [(name, unit) for names, unit in cells for name in re.findall(r"`(\w+)`", names)]
+HELP = ElementTree.parse(ROOT / "source_extractor.xml").findtext("help")
 
 
-def test_page_and_help_have_every_column_with_its_unit():
+def rows_from(text, first):
+    """Return the cells of the rows of a Markdown table from the one that starts like this."""
+    rows = text[text.index(f"\n{first}") + 1 :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in row.strip(" |").split("|")] for row in rows if "|" in row]
+
+
+@pytest.mark.parametrize("text", [CATALOG, HELP], ids=["page", "help"])
+def test_page_and_help_describe_every_column_with_its_unit(text):
     written = {"pixel2": "pixel²", "pixel-2": "pixel⁻²", None: ""}
     written |= dict.fromkeys(("measure", "image sum", "measure sum"), "image")
-    columns = [(c.name, written.get(c.unit, c.unit)) for c in catalog_columns(())]
-    columns[columns.index(("kron_radius", ""))] = ("kron_radius", "a, b")
-    assert table_of_columns(CATALOG) == columns
-    tool = ElementTree.parse(ROOT / "source_extractor.xml")
-    assert table_of_columns(tool.findtext("help")) == columns
+    columns = {column.name: written.get(column.unit, column.unit) for column in COLUMNS}
+    columns["kron_radius"] = "a, b"
+    rows = rows_from(text, "| `id` |")
+    units = [(name, unit) for names, unit, *_ in rows for name in re.findall(r"`(\w+)`", names)]
+    assert units == list(columns.items())
+    assert all(meaning for _, _, meaning, *_ in rows)
+
+
+def test_page_and_help_have_the_same_rows_of_columns_and_flags():
+    for first in ("| `id` |", "| 1 | `flag` |"):
+        page, form = ([row[:2] for row in rows_from(text, first)] for text in (CATALOG, HELP))
+        assert page == form
 
 
 # Examples

@@ -40,14 +40,6 @@ class Picture:
         y, x = np.indices(self.shape)
         return layer[self.place(x, y)]
 
-    @property
-    def grey(self):
-        """Brightness inside the frame, 0 where it is coloured."""
-        grey = np.zeros(self.rgb.shape[:2])
-        inside = np.s_[self.top + 3 : self.bottom - 2, self.left + 3 : self.right - 2]
-        grey[inside] = np.where(self.colour < 0.02, self.rgb[..., 0], 0)[inside]
-        return grey
-
     def position(self, where):
         """Return the mean x and y, in the image's pixels, of the picture's pixels `where`."""
         rows, columns = np.nonzero(where)
@@ -65,10 +57,9 @@ def test_row_0_of_the_overlay_is_at_the_bottom(run, write, x, y):
     result = run(write(blobs(SHAPE, (x, y), peak=300, a=3, b=3)), "--thresh", 8)
     assert len(result.catalog) == 1
     picture = Picture(result.directory / "sources.png", SHAPE)
-    grey = picture.grey
-    blurred = sum(np.roll(grey, (i, j), (0, 1)) for i in range(-9, 10, 3) for j in range(-9, 10, 3))
-    assert picture.position(blurred == blurred.max()) == pytest.approx((x, y), abs=2)
     assert picture.position(picture.red) == pytest.approx((x, y), abs=0.7)
+    grey = np.where(picture.at(picture.colour) < 0.02, picture.at(picture.rgb[..., 0]), 0)
+    assert np.argwhere(grey > 0.95).mean(axis=0) == pytest.approx((y, x), abs=2)
 
 
 @pytest.mark.parametrize("theta", [0.5, -1.0])
@@ -92,9 +83,7 @@ def test_ellipses_of_6a_by_6b_are_drawn_around_every_source(run, write, theta):
 
 def test_an_overlay_without_sources_has_no_ellipse(run, write):
     result = run(write(blobs(SHAPE, (60, 50))), "--thresh", 1000)
-    picture = Picture(result.directory / "sources.png", SHAPE)
-    assert not picture.red.any()
-    assert picture.grey.any()
+    assert not Picture(result.directory / "sources.png", SHAPE).red.any()
 
 
 def test_the_cuts_of_the_overlay_survive_nan_and_a_bright_star(run, write):
@@ -205,7 +194,7 @@ def test_sources_and_masks_are_in_place_in_the_reduced_picture_of_a_large_image(
     assert picture.blue.sum() / size == pytest.approx(600 * 60 / (400 * 2300), rel=0.05)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 1000), (1, 2500), (2001, 3), (1001, 1500)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1000), (2001, 3), (1001, 1500)])
 def test_block_means_are_those_of_finite_values(shape):
     rng = np.random.default_rng(5)
     image = rng.normal(size=shape)
@@ -213,17 +202,11 @@ def test_block_means_are_those_of_finite_values(shape):
     step = -(-max(shape) // source_extractor.PICTURE_SIDE)
     padded = np.pad(image, [(0, -length % step) for length in shape], constant_values=np.nan)
     blocks = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         means = np.nanmean(blocks, axis=(1, 3))
+    image[np.isnan(image)] = rng.choice([np.nan, np.inf, -np.inf], np.isnan(image).sum())
     found = source_extractor.block_means(image)
     np.testing.assert_allclose(found, means, rtol=1e-12, atol=1e-12)
-
-
-def test_block_means_treat_infinity_as_no_value(monkeypatch):
-    monkeypatch.setattr(source_extractor, "PICTURE_SIDE", 2)
-    strip = np.array([[1.0, np.inf, -np.inf, np.nan], [3.0, 4.0, np.inf, np.nan]])
-    np.testing.assert_array_equal(source_extractor.block_means(strip), [[8 / 3, np.nan]])
 
 
 def test_the_overview_has_four_panels_with_colour_bars(run, write, tmp_path):

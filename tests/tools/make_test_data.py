@@ -20,7 +20,6 @@ needs scikit-image and tifffile, the others numpy and astropy.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +93,7 @@ def stack():
     quality = np.zeros(STACK_SHAPE, np.uint8)
     quality[:32, :32] = 1  # around the first star
     parts = {"SCI": np.stack(planes), "ERR": noise, "DQ": quality}
-    extensions = (fits.ImageHDU(pixels, name=name) for name, pixels in parts.items())
+    extensions = [fits.ImageHDU(pixels, name=name) for name, pixels in parts.items()]
     return fits.HDUList([fits.PrimaryHDU(), *extensions])
 
 
@@ -108,12 +107,6 @@ def mosaic():
     image = np.rint(np.minimum(image, saturation)).astype(np.int16)
     image[:, end:] = image[:, bad_column] = 0
     return image, fits.Header({"SATURATE": saturation})
-
-
-def picture():
-    """Part of the Hubble Deep Field in grey by ITU-R BT.601, (400, 400) uint8."""
-    colours = hubble_deep_field()[240:640, 300:700]
-    return np.rint(colours @ (0.299, 0.587, 0.114)).astype(np.uint8)
 
 
 def main(argv=None):
@@ -136,12 +129,12 @@ def main(argv=None):
     write("mosaic.fits", *mosaic())
     conditions = {"seed": SEED, "level": 100.0, "noise": STACK_NOISE}
     write("empty.fits", simulate((80, 96), stars([], [], []), **conditions)[0])
+    colours = hubble_deep_field()[240:640, 300:700]
+    grey = np.rint(colours @ (0.299, 0.587, 0.114)).astype(np.uint8)  # by ITU-R BT.601
     told = "Hubble Deep Field, part of; R. Williams and the HDF team (STScI) and NASA"
     packing = {"compression": "zlib", "predictor": True, "metadata": None}
-    path = directory / "hubble_deep_field.tiff"
-    tifffile.imwrite(path, picture(), description=told, **packing)
-    return 0
+    tifffile.imwrite(directory / "hubble_deep_field.tiff", grey, description=told, **packing)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
