@@ -90,10 +90,6 @@ def test_the_sections_are_in_the_order_of_the_work():
         *("input", "masking", "mesh", "detection", "filtering", "deblending", "photometry"),
         "outputs",
     ]
-    assert [section.get("title").split(":")[0] for section in sections] == [
-        *("Input", "Masking", "Background", "Detection", "Filter", "Deblending and cleaning"),
-        *("Photometry", "Outputs"),
-    ]
 
 
 def test_all_masking_is_in_its_section():
@@ -168,12 +164,9 @@ def test_the_form_has_the_bounds_of_the_script(option):
         assert not accepts(option, number(step(most, math.inf)))
     else:
         assert accepts(option, 1_000_000)
-
-
-def test_even_filters_are_refused():
-    for option in ("--fw", "--fh"):
+    if option in ("--fw", "--fh"):
         assert not accepts(option, 4)
-        assert "% 2 == 1" in PARAMETERS[option].findtext("validator")
+        assert "% 2 == 1" in param.findtext("validator")
 
 
 @pytest.mark.parametrize("param", [p for p in INPUTS.iter("param") if p.get("type") == "text"])
@@ -183,26 +176,22 @@ def test_no_text_can_leave_its_quotes(param):
         assert not pattern.match(text)
 
 
-def test_the_form_takes_the_diameters_that_the_script_takes():
-    regex, expression = PARAMETERS["--aperture-diameters"].iter("validator")
-    taken, refused = ("5", " 5 10.5 .5 ", "10000"), ("0", "5 10001", "5 7 5.0", "5,7")
-    for text in taken + refused:
-        matches = re.match(regex.text, text) and eval(expression.text, {"value": text})
-        assert bool(matches) == (text in taken)
-
-
 @pytest.mark.parametrize(
     ("option", "taken", "refused"),
     [
+        ("--aperture-diameters", ("5", " 5 10.5 .5 ", "10000"), ("0", "5 10001", "5 7 5.0", "5,7")),
         ("--mask-bits", ("1", " 1 2 1024 "), ("0", "-1", "1,2")),
         ("--blank", ("0", " -32768 1e30 ", "-.5 2E-3"), ("nan", "")),
     ],
 )
 def test_the_form_takes_the_lists_that_the_script_takes(option, taken, refused):
-    pattern = re.compile(PARAMETERS[option].findtext("validator"))
-    assert not any(map(pattern.match, refused))
+    regex, *expressions = PARAMETERS[option].iter("validator")
+    for text in taken + refused:
+        accepted = re.match(regex.text, text)
+        for expression in expressions:
+            accepted = accepted and eval(expression.text, {"value": text})
+        assert bool(accepted) == (text in taken)
     for text in taken:
-        assert pattern.match(text)
         values = [[value] for value in text.split()] if option == "--blank" else [text.split()]
         assert all(accepts(option, *words) for words in values)
 
@@ -259,14 +248,10 @@ def test_version_and_requirements_agree():
     assert all(bounds[name].contains(version) for name, version in pins.items())
 
 
-def test_the_developers_are_known_by_the_owner_of_the_repository():
+def test_the_repository_names_its_owner_and_holds_what_the_tool_needs():
     organization = dict(TOOL.find("creator/organization").attrib)
     assert organization["identifier"] == SHED["owner"]
-    (creator,) = WORKFLOW["creator"]
-    assert creator == {"class": "Organization"} | organization
-
-
-def test_the_repository_holds_what_the_tool_needs():
+    assert WORKFLOW["creator"] == [{"class": "Organization"} | organization]
     needed = {"source_extractor.py", "source_extractor.xml", "test-data/", *IMPORTED}
     assert needed <= set(SHED["include"])
     assert all((ROOT / name).exists() for name in SHED["include"])
