@@ -93,9 +93,9 @@ def browser() -> Iterator[Chrome]:
         options = ChromeOptions()
         options.binary_location = _installed("chromium")
         for argument in (
-            *("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"),
-            *("disable-quic", "no-first-run", "disable-background-networking"),
-            *("disable-component-update", "disable-sync", f"user-data-dir={profile}"),
+            *("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run"),
+            *("disable-quic", "disable-background-networking", "disable-component-update"),
+            *("disable-sync", f"user-data-dir={profile}"),
         ):
             options.add_argument(f"--{argument}")
         driver = Chrome(options, ChromeService(_installed("chromedriver")))
@@ -128,7 +128,7 @@ def check(galaxy: Galaxy, driver: Chrome) -> Iterator[Outcome]:
 def _findings(galaxy: Galaxy, driver: Chrome) -> Iterator[tuple[str, list[str]]]:
     """Name what was looked at, and list what is wrong with it."""
     user = GalaxyInstance(galaxy.url, galaxy.user_key)
-    history, _ = _history_with(IMAGE, user)
+    history, _ = _history_with_image(user)
     driver.set_window_size(WIDTH, HEIGHT_OF_FORM)
     _open_form(galaxy, driver, history)
     _unfold(driver)
@@ -165,10 +165,10 @@ def _findings(galaxy: Galaxy, driver: Chrome) -> Iterator[tuple[str, list[str]]]
     yield "run again repeats the job", [*_failure(again), *differences]
 
 
-def _history_with(image: Path, user: GalaxyInstance) -> tuple[str, str]:
+def _history_with_image(user: GalaxyInstance) -> tuple[str, str]:
     """Make a history, upload an image, and return the ids of both."""
     history = user.histories.create_history("Extract sources")["id"]
-    uploaded = user.tools.upload_file(str(image), history)["outputs"][0]["id"]
+    uploaded = user.tools.upload_file(str(IMAGE), history)["outputs"][0]["id"]
     user.datasets.wait_for_dataset(uploaded, maxwait=JOB_TIMEOUT, interval=0.5)
     return history, uploaded
 
@@ -238,10 +238,8 @@ def _failure(job: dict) -> list[str]:
     return [] if job["state"] == "ok" else [f"{job['state']}: {job['stderr']}"]
 
 
-def _compare_with_shell(
-    user: GalaxyInstance, job: dict, directory: Path
-) -> Iterator[tuple[str, bool]]:
-    """Run the script with the options that say what the form says, and compare the products."""
+def _compare_with_shell(user: GalaxyInstance, job: dict, directory: Path) -> Iterator[tuple]:
+    """Run the script with the options of the form; yield each product's name, and if it agrees."""
     command = [sys.executable, SCRIPT, IMAGE, *OPTIONS, "--quiet"]
     subprocess.run(command, cwd=directory, check=True)
     keywords = {"use_default_filename": False, "maxwait": JOB_TIMEOUT}
@@ -262,14 +260,14 @@ def _differences(found: Mapping, expected: Mapping) -> list[str]:
     ]
 
 
-def take_pictures(galaxy: Galaxy, driver: Chrome, image: Path, directory: Path) -> None:
-    """Take pictures of the form, and of what a run of the tool on an image leaves in the history.
+def take_pictures(galaxy: Galaxy, driver: Chrome, directory: Path) -> None:
+    """Take pictures of the form, and of what a run of the tool leaves in the history.
 
     They are `form.png` and `form-open.png` with sections folded and unfolded, `history.png` with
     the overlay beside the history, and `catalog.png` with the table.
     """
     user = GalaxyInstance(galaxy.url, galaxy.user_key)
-    history, uploaded = _history_with(image, user)
+    history, uploaded = _history_with_image(user)
     _open_form(galaxy, driver, history)
     _picture_panel(driver, directory / "form.png")
     _unfold(driver)
@@ -311,13 +309,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Use the tool in Galaxy with a browser.")
     text = "where pictures of it go"
     parser.add_argument("directory", type=Path, nargs="?", metavar="OUTDIR", help=text)
-    parser.add_argument("--image", type=Path, default=IMAGE, help="image for the pictures")
     args = parser.parse_args(argv)
 
     with browser() as driver, running_galaxy() as galaxy:
         if args.directory:
             args.directory.mkdir(parents=True, exist_ok=True)
-            take_pictures(galaxy, driver, args.image, args.directory)
+            take_pictures(galaxy, driver, args.directory)
         return report(check(galaxy, driver))
 
 

@@ -76,17 +76,19 @@ class Galaxy(NamedTuple):
 
 
 @contextmanager
-def running_galaxy(tools: Iterable[Path] = (TOOL,)) -> Iterator[Galaxy]:
-    """Start a Galaxy that serves some tools (XML files), and stop and delete it at the end.
+def running_galaxy() -> Iterator[Galaxy]:
+    """Start a Galaxy that serves the tool, and stop and delete it at the end.
 
     Raises RuntimeError, with the end of the log, if Galaxy does not start.
     """
     with _exit_on_signals(), TemporaryDirectory(prefix="galaxy-") as name, ExitStack() as stack:
         directory = Path(name)
-        port = _free_port()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         url = f"http://127.0.0.1:{port}"
         admin_key = secrets.token_hex(16)
-        config = _write_config(directory, tools, admin_key)
+        config = _write_config(directory, admin_key)
         environment = _environment(directory, config)
 
         web = [SCRIPTS / "galaxy-web", "-c", config, "-b", f"127.0.0.1:{port}", "-s", ADMIN_EMAIL]
@@ -96,28 +98,25 @@ def running_galaxy(tools: Iterable[Path] = (TOOL,)) -> Iterator[Galaxy]:
         worker = [sys.executable, "-c", WORKER]
         stack.enter_context(_process(worker, directory / "worker.log", environment))
 
-        user_key = _create_user(url, admin_key)
+        users = GalaxyInstance(url, admin_key).users  # the bootstrap key has no account
+        user = users.create_local_user("admin", ADMIN_EMAIL, secrets.token_hex(16))
+        user_key = users.create_user_apikey(user["id"])
         yield Galaxy(url, admin_key, user_key, directory, environment)
 
 
-def _write_config(directory: Path, tools: Iterable[Path], admin_key: str) -> Path:
+def _write_config(directory: Path, admin_key: str) -> Path:
     """Write Galaxy's configuration files and return the path of the main one."""
-    elements = "".join(f"<tool file={quoteattr(str(tool))}/>" for tool in tools)
     tool_conf, data_tables = directory / "tool_conf.xml", directory / "data_tables.xml"
     tool_conf.write_text(
         '<toolbox><section id="get" name="Get Data"><tool file="data_source/upload.xml"/></section>'
-        f'<section id="tools" name="Tools">{elements}</section></toolbox>'
+        f'<section id="tools" name="Tools"><tool file={quoteattr(str(TOOL))}/></section></toolbox>'
     )
     data_tables.write_text("<tables/>")
     settings = {
-        "data_dir": str(directory / "data"),
-        "tool_config_file": str(tool_conf),
-        "admin_users": ADMIN_EMAIL,
-        "bootstrap_admin_api_key": admin_key,
+        **{"data_dir": str(directory / "data"), "tool_config_file": str(tool_conf)},
+        **{"admin_users": ADMIN_EMAIL, "bootstrap_admin_api_key": admin_key},
         "tool_data_table_config_path": str(data_tables),
-        "conda_auto_init": False,
-        "conda_auto_install": False,
-        "involucro_auto_init": False,
+        **dict.fromkeys(("conda_auto_init", "conda_auto_install", "involucro_auto_init"), False),
         "enable_celery_tasks": True,
         "metadata_strategy": "directory_celery",
         "celery_conf": {
@@ -146,12 +145,6 @@ def _environment(directory: Path, config: Path) -> dict[str, str]:
         "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
         "GALAXY_CONFIG_FILE": str(config),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager
@@ -210,13 +203,6 @@ def _wait_until_up(url: str, server: subprocess.Popen, log: Path) -> None:
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
                 raise RuntimeError(f"Galaxy did not start:\n{tail}") from None
             time.sleep(0.5)
-
-
-def _create_user(url: str, admin_key: str) -> str:
-    """Make the administrator's account (the bootstrap key has none) and return its key."""
-    users = GalaxyInstance(url, admin_key).users
-    user = users.create_local_user("admin", ADMIN_EMAIL, secrets.token_hex(16))
-    return users.create_user_apikey(user["id"])
 
 
 def check(galaxy: Galaxy) -> Iterator[Outcome]:
@@ -284,15 +270,15 @@ def _report(data: dict) -> str:
 
 def report(outcomes: Iterable[Outcome]) -> int:
     """Print each outcome as it comes, and their count; return 1 if any is a failure, else 0."""
-    count = {True: 0, False: 0}
+    passed = []
     for outcome in outcomes:
-        count[outcome.passed] += 1
+        passed.append(outcome.passed)
         verdict = "passed" if outcome.passed else "FAILED"
         print(f"{verdict} {outcome.name} ({outcome.seconds:.1f} s)", flush=True)
         if not outcome.passed:
             print(indent(outcome.report, "    "), flush=True)
-    print(f"{count[True]} passed, {count[False]} failed")
-    return int(count[False] > 0)
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    return int(not all(passed))
 
 
 def main(argv: list[str] | None = None) -> int:
