@@ -127,7 +127,7 @@ class ExtractionSettings:
 
 @dataclass(frozen=True)
 class PhotometrySettings:
-    """Zero point (mag), Kron ellipse (in units of a and b) and circular apertures (pixels)."""
+    """Zero point (mag), Kron ellipse (least radius in a and b), circular apertures (pixels)."""
 
     zeropoint: float = 0.0
     kron_factor: float = 2.5
@@ -137,7 +137,7 @@ class PhotometrySettings:
 
 @dataclass(frozen=True)
 class Method:
-    """How to find sources. Levels are in image units or, after `within`, in units of a `Frame`."""
+    """How to find sources; levels have the unit of the image or, after `within`, of a `Frame`."""
 
     kernel: np.ndarray | None
     err_option: str
@@ -191,8 +191,8 @@ CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")  # CTYPE 
 # Limits for opening a file, without reading its pixels: seconds of CPU time, bytes of memory.
 SECONDS_TO_OPEN, BYTES_TO_OPEN = 15, 5 * 10**8
 
-# An unpacked file may be this many times as large as the packed one (the maximum of gzip), and
-# always have this many bytes, since bzip2 packs a constant image into a few bytes.
+# A packed file may unpack to at most this many times its size (the most gzip can reach), but this
+# many bytes are always allowed, since bzip2 packs constant images even better.
 UNPACKED_RATIO, UNPACKED_BYTES = 1040, 2**30
 
 # Bytes of each limit (ulimit) that the loaded libraries already occupy.
@@ -210,7 +210,7 @@ class Origin:
     unit: str | None = None  # BUNIT
     beam: float | None = None  # area of the beam in pixels, if the unit is per beam
     black: int | None = None  # largest stored value, which is black, if a TIFF stores white as 0
-    palette: bool = False  # True if pixels are indices of a colour palette
+    palette: bool = False  # True if pixels are indices of colours that aren't sorted by brightness
     product: str | None = None  # name of the product, if the file was written by this tool
     saturation: float = math.nan  # SATURATE, or --saturation
 
@@ -246,12 +246,12 @@ def reading(path):
             raise InputError(f"{path}: {error.strerror}") from error
         text = f"can't be read ({one_line(error) or type(error).__name__}); get a new copy"
         if isinstance(error, MemoryError):
-            text = "needs too much memory; cut the image into parts"
+            text = "too large for the memory; cut the image into parts"
         raise InputError(f"{path.name}: damaged, incomplete, or {text}") from error
 
 
 def try_to_open(path, opened):
-    """Open a file in a child process of limited time and memory; raise InputError if that fails.
+    """Open a file in a child process of limited time and memory; raise InputError if it dies.
 
     A damaged size may make a library loop forever, crash, or allocate all memory. Other errors are
     not reported here, as they occur again when this process opens the file. `opened` returns a
@@ -345,8 +345,8 @@ def read_plane(path, hdu=None, plane=None, *, single_serves_all=False):
         stack = files.enter_context(opened())
         indices = choose_plane(stack, plane, single_serves_all)
         with reading(path):  # `reshape` fails if damaged pages have another shape
-            pixels = stack.read(indices).reshape([stack.shape[axis] for axis in stack.image_axes])
-    return stack.origin, pixels
+            pixels = stack.read(indices).reshape([stack.shape[n] for n in sorted(stack.image_axes)])
+    return stack.origin, pixels.transpose(np.argsort(stack.image_axes))
 
 
 def choose_plane(stack, plane, single_serves_all):
@@ -361,13 +361,16 @@ def choose_plane(stack, plane, single_serves_all):
         plane = 0
     if plane is None or plane >= count:
         layout = ", ".join(f"{axis}={n}" for axis, n in zip(stack.axes, shape, strict=True))
-        choice = f"choose one from 0 to {count - 1} with the plane option"
-        if plane is None and single_serves_all:
-            choice = "give a file with one plane, as none is chosen of the image (--plane)"
+        choice = f"choose one from 0 to {count - 1} with --plane, or --measure-plane"
+        if count == 1:
+            choice = "leave out --plane, or --measure-plane"
+        elif plane is None and single_serves_all:
+            choice = "give a file with one plane, or choose a plane of both files with --plane"
         planes = f"{count} plane{'s' if count > 1 else ''}"
         raise InputError(f"{name}: {planes} in axes ({layout}); {choice}")
     if np.dtype(stack.origin.dtype).kind not in "biuf":
         raise InputError(f"{name}: {stack.origin.dtype} pixels are not real numbers")
+    # Image, label map, and background or noise.
     needed = 3 * to_float(np.empty(0, stack.origin.dtype)).itemsize * rows * columns
     if needed > memory_limit():
         text = f"{columns} x {rows} pixels need {needed / 1e9:.1f} GB of memory, more than there is"
@@ -393,7 +396,8 @@ def memory_limit():
 def open_fits(path, source, hdu):
     """Open a FITS file as a `Stack`.
 
-    Of the axes longer than 1, those of a plane are the two celestial ones, otherwise the last two.
+    A plane has the celestial axes, otherwise the last ones; axes of length 1 are only taken if
+    there are no others.
     """
     # The child process has moved the position in the file, which is shared.
     with open(source.fileno(), "rb", closefd=False) as file:
@@ -543,15 +547,16 @@ def celestial_wcs(path, hdus, header, axes):
     if wcs.sip:  # astropy takes CRPIX1 and CRPIX2 as its centre, even if `axes` are others
         wcs.sip = Sip(wcs.sip.a, wcs.sip.b, wcs.sip.ap, wcs.sip.bp, wcs.wcs.crpix)
         if not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
-            text = "SIP is applied, though CTYPE lacks -SIP; if the image is undistorted, remove it"
+            text = "SIP is applied, though CTYPE lacks -SIP; remove it if the image is undistorted"
             log.warning("%s: %s", path.name, text)
     return wcs
 
 
 def without_double_distortion(path, header, axes):
-    """Return the header or, if it has SIP and PV, one without that which CTYPE doesn't name.
+    """Return the header or, if it has both SIP and PV distortions, one without one of them.
 
-    astropy would apply both distortions. PV is the polynomial that SCAMP writes.
+    astropy would apply both. SIP is kept for a CTYPE of TAN-SIP; PV for TPV, and for TAN, which
+    SCAMP writes.
     """
     kinds = {str(value_of(header, f"CTYPE{axis}"))[5:].strip() for axis in axes}
     sip = {key for key in header if re.match(r"[AB]P?_(ORDER|\d+_\d+)$", key)}
@@ -565,7 +570,7 @@ def without_double_distortion(path, header, axes):
 
 
 class FileWithoutDescriptor(io.FileIO):
-    """A file that hides its descriptor, with which tifffile opens other files that a TIFF names."""
+    """A file that hides its descriptor; tifffile would use it to open files that the TIFF names."""
 
     def fileno(self):
         raise io.UnsupportedOperation
@@ -666,7 +671,9 @@ def read_image(path, hdu=None, plane=None, blank=()):
     for value in np.array(blank, pixels.dtype):  # equal up to the rounding of BSCALE and BZERO
         pixels[np.abs(pixels - value) <= np.spacing(np.abs(value))] = np.nan
     if origin.black is not None:
-        log.warning("%s: 0 is white in this TIFF: inverted, so that more is brighter", origin.name)
+        log.warning(
+            "%s: 0 is white in this TIFF: inverted, so that larger is brighter", origin.name
+        )
         np.subtract(origin.black, pixels, out=pixels)
     return origin, pixels
 
@@ -737,7 +744,7 @@ def read_measure_image(path, hdu, plane, blank, origin, shape):
             offset = np.nanmax(np.hypot(dx, dy))
         if not offset <= 0.5:
             away = f"up to {offset:.1f}" if math.isfinite(offset) else "an unknown number of"
-            text = "%s: by its WCS it is shifted by %s pixels; measured pixel by pixel all the same"
+            text = "%s: by its WCS it is shifted by %s pixels; measured at the same pixels anyway"
             log.warning(text, measure_origin.name, away)
     return measure_origin, pixels
 
@@ -816,11 +823,11 @@ def build_mask(pixels, mask, noise, boxes):
         if xmin >= nx or ymin >= ny:
             raise InputError(
                 f"the mask box {xmin} {xmax} {ymin} {ymax} (XMIN XMAX YMIN YMAX) "
-                f"lies outside this image of {nx} columns and {ny} rows"
+                f"lies outside this image of {nx} columns and {ny} rows, counted from 0"
             )
         excluded[ymin : ymax + 1, xmin : xmax + 1] = True
     if excluded.all():
-        raise InputError("every pixel is masked or not finite; mask fewer")
+        raise InputError("every pixel is masked or not finite; mask fewer (see --maskthresh)")
     # A new array of zeros takes no memory until it is written to.
     return excluded if excluded.any() else np.zeros(excluded.shape, bool)
 
@@ -835,9 +842,10 @@ def bridge(image, noise, excluded, rms, max_width):
 
     A gap is a run of up to `max_width` excluded pixels in a row or a column, with good pixels at
     both ends. Narrower gaps are filled first, rows before columns. Filled pixels count as good, so
-    that gaps may cross. Squares wider than `max_width`, and gaps that touch these, aren't filled.
-    The image (ny, nx) is background-subtracted, and `rms` is its noise. `noise` is an array (ny,
-    nx) or a number, which is left as it is. Returns `excluded` itself if it is empty.
+    that gaps may cross. Gaps within excluded squares wider than `max_width`, or next to these,
+    aren't filled. The image (ny, nx) is background-subtracted, and `rms` is its noise. `noise` is
+    an array (ny, nx) or a number, which is left as it is. Returns `excluded` itself if there is
+    nothing to fill.
     """
     if not max_width or not excluded.any():
         return excluded
@@ -880,8 +888,8 @@ def straight_lines(values, position):
 def interpolate(values, good, position, rms):
     """Return straight lines across gaps or, where an end is bright, fitted Gaussians.
 
-    Each row of `values` (n, width + 6) is a gap with three pixels on each side, of which those are
-    used that are `good`; `position` (width + 6) is their distance from the last pixel before it.
+    Each row of `values` (n, width + 6) is a gap with three pixels on each side. Only those that are
+    `good` are fitted. `position` (width + 6) counts from the last pixel before the gap, which is 0.
     """
     filled, ends = straight_lines(values, position), values[:, [2, -3]].astype(np.float64)
     bright = ends.max(axis=1) > BRIGHT * rms
@@ -898,7 +906,7 @@ def interpolate(values, good, position, rms):
         matrix = np.einsum("ni,ij,ik->njk", weight, powers, powers) + np.diag([2, 0, 0])
         vector = (weight * (model + np.clip(values / unit / height - 1, -1, 1))) @ powers
         model = np.clip(np.linalg.solve(matrix, vector[:, :, None])[:, :, 0] @ powers.T, -5, 50)
-    # The ratio of a Gaussian of the smallest FWHM to the line through the same two ends.
+    # The ratio of a Gaussian of the smallest FWHM to the line, for ends of equal height.
     sharpest = np.exp(4 * math.log(2) / MIN_FWHM**2 * position * (position[-3] - position))
     limit = filled[bright] * np.where(filled[bright] > 0, sharpest, 1)
     filled[bright] = np.minimum(unit * np.exp(model), limit)
@@ -991,7 +999,7 @@ class Field:
     excluded: np.ndarray  # True where a pixel has no usable value or noise
     mask: np.ndarray  # the same, but False where the residual is interpolated
     saturated: tuple[np.ndarray, ...]  # rows and columns of saturated pixels
-    noise: float | np.ndarray  # standard deviation, for errors and, unless absolute, thresholds
+    noise: float | np.ndarray  # standard deviation; for errors and, unless "none", the threshold
     background: sep.Background
     method: Method
     frame: Frame
@@ -1028,10 +1036,11 @@ class Field:
         return matched and self.method.kernel is not None and np.ndim(self.noise) > 0
 
     def depth(self):
-        """Return how many times fainter a filter that weights by noise detects, otherwise 1.
+        """Return by which factor a filter that weights by noise lowers the limit, otherwise 1.
 
-        In white noise n, SEP requires sum(k f) / sum|k| > thresh n, for a kernel k and an image f.
-        For an array n, a matched filter requires sum(k f / n^2) / sqrt(sum(k^2 / n^2)) > thresh.
+        With a number n as noise, SEP requires sum(k f) / sum|k| > thresh n, for a kernel k and an
+        image f. With an array n, its matched filter requires sum(k f / n^2) / sqrt(sum(k^2 / n^2))
+        > thresh. For white noise both differ by this factor.
         """
         if not self.weights_by_noise():
             return 1.0
@@ -1067,7 +1076,7 @@ def build_field(pixels, mask, noise, method, saturation=math.nan, objects=None):
         sep.mask_ellipse(grown, **shapes, r=MASK_RADIUS)
         background = estimate_background(pixels, grown, settings)
         if background is None:
-            log.warning("sources fill every background box: they are not masked in a second pass")
+            log.warning("sources fill every background box: the second pass doesn't mask them")
     background = background or estimate_background(pixels, mask, settings)
     if background is None:
         raise InputError(
@@ -1086,9 +1095,9 @@ def too_large(pixels):
 
 
 def settle_noise(noise, mask, background, err_option):
-    """Return the final mask, and the noise of an `err_option`, a number or an array (ny, nx).
+    """Return a mask, and the noise of an `err_option`, a number or an array (ny, nx).
 
-    Pixels without usable noise become masked. Raises InputError if no others are left.
+    Pixels without usable noise are masked as well. Raises InputError if no others are left.
     """
     overall = global_rms(background)
     noiseless = noise is None and overall == 0
@@ -1107,9 +1116,9 @@ def settle_noise(noise, mask, background, err_option):
 def estimate_background(pixels, mask, settings):
     """Return the `sep.Background` of an image (ny, nx), or None if SEP can't use any box.
 
-    If the noise is only a few digital steps, the level from SEP's medians is wrong by up to 1.4
-    steps. The background is then that of a dithered copy: each value plus uniform noise of one
-    step, which adds a twelfth of its square to the variance. For photon counts it is also shifted.
+    If the noise is only a few digital steps, the level from SEP's medians is off by up to 1.4
+    steps. The background is then estimated from a dithered copy, with uniform noise of one step
+    added (which raises the variance by step^2 / 12). For photon counts the copy is shifted as well.
     """
     settings = settings.limited_to(pixels.shape)  # SEP allocates whole boxes
     masked = np.count_nonzero(mask)
@@ -1125,7 +1134,8 @@ def estimate_background(pixels, mask, settings):
     dithered -= 0.5
     dithered *= step
     dithered += pixels
-    # SEP's level is the mode, which for photon counts (variance = mean) is up to 5/12 too low.
+    # SEP's level is 2.5 median - 1.5 mean. Of photon counts, whose variance is their mean, the
+    # median is up to 1/6 below the mean, and so the level is up to 5/12 below it.
     faint = np.minimum(values, np.percentile(values, 95)) / step
     if abs(faint.var() - faint.mean()) < faint.mean() / 2:
         dithered += step * min(faint.mean(), 5 / 12)
@@ -1166,12 +1176,12 @@ worker = {}  # in a worker process: its jobs, and the directory for their result
 
 @contextmanager
 def blocking_signals():
-    """Delay signals: an exception that their handler raises during a fork would be lost."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Hold back signals: an exception that a handler raises during a fork would be lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_jobs(jobs, processes):
@@ -1321,7 +1331,7 @@ def extract(field):
 def flag_pixels(found, field, measure_field):
     """Return the `Detections` with flags for saturated and bridged pixels in either field."""
     objects = found.objects.copy()
-    for each in (field,) if measure_field is field else (field, measure_field):
+    for each in (field, measure_field):
         unbridged = each.mask is each.excluded  # saves a search through the whole image
         bridged = ([], []) if unbridged else each.excluded & ~each.mask
         for where, bit in ((each.saturated, SATURATED), (bridged, BRIDGED)):
@@ -1342,12 +1352,13 @@ def replaced(array, where, value):
 
 
 def settle_objects(field, objects, labels, batch):
-    """Remove masked pixels from a batch of SEP's objects; return these and their profiles.
+    """Remove masked pixels from a batch of SEP's objects.
 
     `labels` (ny, nx) is the map of all `objects`, index + 1, and `batch` a slice of these. An
     object that loses pixels keeps SEP's position and shape; one that loses all gets an `npix` of 0;
     one with masked pixels next to it is flagged. `thresh` and `tnpix` are corrected where the
-    filter weights by noise. The profiles, for `survive_cleaning`, are None without cleaning.
+    filter weights by noise. Returns the objects and their profiles for `survive_cleaning`, None
+    without cleaning.
     """
     objects, extraction = objects[batch].copy(), field.method.extraction
     rim = 1 if field.method.kernel is None else len(field.method.kernel) // 2 + 1
@@ -1434,9 +1445,10 @@ def describe_profiles(objects, pixels, settings):
 
     The light of an object at r, in units of (a, b), is height (1 + alpha r^2)^-`clean_param`. The
     object with the larger `flux` absorbs another if its light there exceeds the other's `margin`.
-    The height is that of a Gaussian with this flux. Its sigmas are (a, b), corrected by
-    SExtractor's `abcor` for the cut at the threshold: a ring between two isophotes, at the
-    threshold and halfway to the peak, has fewer pixels than for sigmas of (a, b).
+
+    The height is that of a Gaussian with this flux. Its area is that of (a, b) times `abcor`, the
+    number of pixels between two isophotes (at the threshold and halfway to the peak) over the
+    number for a Gaussian with sigmas (a, b).
     """
     thresh, area, flux = objects["thresh"], np.pi * objects["a"] * objects["b"], objects["cflux"]
     owner, half = pixels["owner"], (thresh + objects["peak"]) / 2
@@ -1483,9 +1495,10 @@ def survive_cleaning(objects, profiles, beta):
 def cleaning_margins(npix, pixels, minarea):
     """Return the margin of each object's `minarea`-th highest pixel, 0 if it has fewer.
 
-    Two quirks of SExtractor are kept: with more than `minarea` pixels, number `minarea` + 1 in the
-    order of detection is skipped; with exactly `minarea`, the first one counts. The order is by
-    rows, but pixels to the left of the start of the previous row come first, the last row first.
+    Two quirks of SExtractor are kept. Of more than `minarea` pixels, number `minarea` + 1 in its
+    order is left out; of exactly `minarea`, the first counts, not the faintest. In its order the
+    pixels to the left of where the previous row starts come first, from the last row up; then all
+    others, row by row.
     """
     owner, x, y, margin = (pixels[name] for name in ("owner", "x", "y", "margin"))
     new_owner, new_row = np.diff(owner, prepend=-1) != 0, np.diff(y, prepend=-1) != 0
@@ -1504,9 +1517,10 @@ def cleaning_margins(npix, pixels, minarea):
 def close_pairs(x, y, reach):
     """Yield, in chunks, all pairs i < j of objects at a distance of up to reach[i] + reach[j].
 
-    Objects are grouped by reach, in powers of 2. Each object of a group is compared with those of
-    this and of smaller groups in the 3 x 3 cells around it. The cells of a group are as wide as
-    twice its largest reach, so that no partner is further away.
+    Objects are grouped by reach, in powers of 2, so that a few large ones don't slow down the rest.
+    Each object of a group is compared with those of this and of smaller groups in the 3 x 3 cells
+    around it. A cell is at least twice as wide as the largest reach of the group, so that objects
+    within reach are always in adjacent cells.
     """
     usable = np.isfinite(x + y + reach)
     exponent = np.where(usable, np.frexp(reach)[1], 9999)  # 2**exponent > reach
@@ -1538,12 +1552,12 @@ KRON_REACH = 6.0
 # SExtractor's window for XWIN_IMAGE: its sigma per half-light radius, its limit in sigmas.
 WINDOW_SIGMA, WINDOW_REACH = 2 / 2.35, 4.0
 
-# Neighbours matter within this many times the limit of a window, as it moves. A centroid may move
-# by this many sigmas; simulated sources that move further end up further from the truth.
+# A window moves during the fit, so that neighbours within 1.25 times its limit count. A centroid
+# that moves by more than 0.5 sigmas is dropped: in simulations it ends further from the truth.
 WINDOW_MARGIN, MAX_SHIFT = 1.25, 0.5
 
-# The label of masked pixels while SEP measures, exact in float32: SEP then leaves them out, as it
-# does neighbours. With both `mask=` and `segmap=` it would scale fluxes up for missing pixels.
+# The label of masked pixels while SEP measures, so that it leaves them out like neighbours (with
+# `mask=` it would scale fluxes up for both). SEP compares labels as float32, which holds 2**30.
 MASKED = 2**30
 
 BATCH = 1000  # sources measured at a time
@@ -1570,7 +1584,7 @@ def measure(field, measure_field, found, settings, threads=1):
     with replaced(labels, field.mask, MASKED):
         neighbours = {"segmap": labels, "seg_id": ids}
         r_k, kron_flag = sep.kron_radius(field.residual, *shapes, KRON_REACH, **neighbours)
-    # Kron (1980), as in SExtractor. r_k of real light is in this range, that of noise anywhere.
+    # Kron (1980), as in SExtractor. Limited to the range of real light: noise can give any r_k.
     kron = settings.kron_factor * np.clip(np.nan_to_num(r_k), 0, KRON_REACH)
     kron = np.maximum(kron, settings.kron_min_radius)
     jobs = [partial(background_at, measure_field, objects["x"], objects["y"])]
@@ -1593,7 +1607,7 @@ def measure(field, measure_field, found, settings, threads=1):
 
 
 def background_at(field, x, y):
-    """Return level and RMS of the background, by column, at the pixels nearest to (x, y)."""
+    """Return level and RMS of the background at the pixels nearest to (x, y), as named columns."""
     x, y = (np.rint(np.nan_to_num(place)) for place in (x, y))
     nearest = pixels_at(y, x, field.mask.shape)[1].astype(int)
     maps = {"background": field.background.back, "rms": field.background.rms}
@@ -1614,7 +1628,7 @@ def measurable_shapes(objects):
 
 
 def measure_batch(field, shapes, kron, neighbours, settings):
-    """Return the measurements of some objects, by column, and their flags; see `measure`.
+    """Return the measurements of some objects, as named columns, and their flags; see `measure`.
 
     `shapes` are those of `measurable_shapes`. `neighbours` are SEP's keywords `segmap`, in which
     masked pixels are labelled as well, and `seg_id`, the labels of these objects.
@@ -1702,7 +1716,7 @@ def pixels_at(rows, columns, shape):
 
 @np.errstate(over="ignore", invalid="ignore")
 def windowed_errors(field, xwin, ywin, sigma, neighbours):
-    """Return the error ellipses of windowed centroids, by column; nan where the centroid is nan.
+    """Return the error ellipses of windowed centroids, as named columns; nan where these are nan.
 
     SExtractor's ERRAWIN_IMAGE, ERRBWIN_IMAGE (pixels) and ERRTHETAWIN_IMAGE (here in radians), from
     pixels of the source and the sky only. Parameters else as in `windowed_centroids`.
@@ -1826,7 +1840,7 @@ def name_units(columns, image_unit, measure_unit):
 
 
 def unit_of_sums(text):
-    """Return the unit of a sum of pixels: multiplied by pixel if that of a pixel is per area."""
+    """Return the unit of a sum of pixels: times pixel if a pixel's is per pixel, beam or sr."""
     if text is None or re.search(r"\d{3}", text):  # astropy may take forever for large powers
         return text
     try:
@@ -2222,7 +2236,7 @@ def staged(targets):
                     hidden[place] = Path(stack.enter_context(directory))
                 paths[name] = hidden[place] / f"new_{target.name}"
                 paths[name].touch()
-        stack.callback(ignore_signals)  # called first at the end, before directories are removed
+        stack.callback(ignore_signals)  # if the run fails, before the directories are removed
         yield paths
         ignore_signals()
         move_into_place(paths, targets)
@@ -2256,9 +2270,9 @@ def move_into_place(paths, targets):
 def padding_value(pixels, mask):
     """Return the value of padding at the border of an image (ny, nx), nan if there is none.
 
-    It is the most common value of the border. More than 2 % of all blocks of 32 x 32 pixels have no
-    other value, and most of the remaining ones hardly any pixel with it. If many other pixels are
-    only a little higher, it is probably a clipped background, not padding.
+    It is the most common value of the border, if more than 2 % of the blocks of 32 x 32 pixels hold
+    nothing else, and more than half of the other blocks hold it in less than a tenth of their
+    pixels. If many pixels are only a little higher, it is a clipped background instead.
     """
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     values, counts = np.unique(border[np.isfinite(border)], return_counts=True)
@@ -2303,9 +2317,9 @@ def depth_advice(field):
 def counts_advice(field, values):
     """Warn if more than 40 % of the pixels have the same value, so that the noise is not measured.
 
-    `values` is a sample of the image. The noise of rounded values is measured well if there are
-    others on both sides of the most common one. If that is the lowest, the image has few photons,
-    or a background that is clipped.
+    `values` is a sample of the image. If the most common value has others on both sides (rounded
+    data), the noise is still measured well. If it is the lowest, the image has few photons or a
+    clipped background.
     """
     levels, numbers = np.unique(values, return_counts=True)
     if not field.method.estimates_noise() or len(levels) < 2:
@@ -2314,8 +2328,8 @@ def counts_advice(field, values):
     low, high = np.percentile(values, [1, 99], method="nearest")
     if part <= 0.4 or (low < level < high and digital_step(values)):
         return None
-    # Bernstein's inequality for Poisson counts in the effective area of a Gaussian filter, with
-    # odds of exp(14) against a peak of noise above the threshold. The rate is that of the zeros.
+    # A peak of noise exceeds the advised threshold with a probability of exp(-14) (Bernstein's
+    # inequality for Poisson counts within the area of the filter); the part of zeros is exp(-rate).
     rate, fwhm, log_odds = -math.log(part), 4, 14
     area = math.pi / math.log(4) * fwhm**2
     excess = math.sqrt(2 * rate * area * log_odds) + log_odds / 3
@@ -2363,8 +2377,9 @@ def boxes_advice(field, found):
     width, height = (large[f"{n}max"] - large[f"{n}min"] + 1 for n in "xy")
     size = min(2 * max(widest, math.ceil(np.sqrt(width * height).max())), longest)
     return (
-        f"sources larger than half a background box: {len(large)}; part of their light is taken "
-        f"for background; if that varies little over {size} pixels, use --bw {size} --bh {size}"
+        f"sources larger than half a background box: {len(large)}; part of their light is "
+        "subtracted as background; if the background varies little over "
+        f"{size} pixels, use --bw {size} --bh {size}"
     )
 
 
@@ -2406,7 +2421,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         # argparse takes -1e-5 for an option, unless it begins with a space.
-        words = [f" {word}" if re.match(r"-\.?\d", word) else word for word in words]
+        negative = re.compile(r"-\.?\d[\d.e+-]*", re.IGNORECASE)
+        words = [f" {word}" if negative.fullmatch(word) else word for word in words]
         return super().parse_args(words, namespace)
 
     def error(self, message):
@@ -2423,7 +2439,7 @@ EXAMPLES = """examples:
   colours: detect in one band, measure in another:
     source_extractor r.fits --measure-image g.fits --aperture-diameters 6 10 -o g
   nuclei in a microscope image, with labels as TIFF:
-    source_extractor nuclei.tif --bw 256 --bh 256 --minarea 30 --image-format tiff -o nuclei
+    source_extractor nuclei.tif --thresh 2.5 --bw 256 --bh 256 --image-format tiff -o nuclei
 """
 
 
@@ -2471,15 +2487,11 @@ def build_parser():
     add("--mask-hdu", str, "HDU of the mask, as --hdu", **hdu)
     either = partial(add_option, group.add_mutually_exclusive_group())
     either("--maskthresh", real, "mask where the mask image exceeds this", **level)
-    text = "or: mask where it has any of these bits, such as 1 2 1024, or their sum"
+    text = "instead: mask where any of these bits is set, such as 1 2 1024 or their sum"
     either("--mask-bits", number(int, 1, 2**64 - 1), text, nargs="+", metavar="BIT")
     box = {"nargs": 4, "action": "append", "metavar": ("XMIN", "XMAX", "YMIN", "YMAX")}
-    add(
-        "--mask-box",
-        number(int, 0),
-        "mask a box of 0-based pixels, ends included; repeatable",
-        **box,
-    )
+    text = "mask a box of 0-based pixels, ends included; repeatable"
+    add("--mask-box", number(int, 0), text, **box)
     more = {"action": "append", "metavar": "VALUE"}
     add("--blank", real, "value of pixels without data, such as 0 in a mosaic; repeatable", **more)
     add("--bridge", number(int, 0, 5), "interpolate over gaps up to this wide; 0: off", **pixels)
@@ -2489,18 +2501,22 @@ def build_parser():
     add("--bh", number(int, 8), "height of the boxes", **pixels)
     add("--fw", number(int, 1, 99, odd=True), "width of the median filter, odd", **boxes)
     add("--fh", number(int, 1, 99, odd=True), "height of the median filter, odd", **boxes)
-    add("--fthresh", number(float, 0), "filter only boxes this far from the median", **level)
-    add("--background-passes", (1, 2), "2: mask the sources and estimate it again")
+    text = "change only boxes that differ from the median by this"
+    add("--fthresh", number(float, 0), text, **level)
+    text = "2: mask the sources, then estimate the background again"
+    add("--background-passes", (1, 2), text)
 
     add = partial(add_option, parser.add_argument_group("detection"))
-    add("--thresh", positive(), "times the noise; absolute with --err-option none", **level)
+    text = "threshold in units of the noise; in image units with --err-option none"
+    add("--thresh", positive(), text, **level)
     noises = ("float_globalrms", "array_rms", "none", "file")
-    add("--err-option", noises, "noise: one number, RMS map, none, or --err-file")
+    add("--err-option", noises, "global RMS, RMS map, none (absolute threshold), or --err-file")
     add("--err-file", Path, "noise image for --err-option file")
     add("--err-hdu", str, "HDU of the noise image, as --hdu", **hdu)
     add("--err-type", ("stddev", "variance", "weight"), "weight is inverse variance")
     add("--gain", positive(), "electrons per image unit, for Poisson noise in errors", **factor)
-    add("--saturation", real, "level of saturated pixels (default: SATURATE)", **level)
+    text = "level of saturated pixels (default: SATURATE in the header)"
+    add("--saturation", real, text, **level)
     add("--minarea", number(int, 1, 2**31 - 1), "minimum number of pixels of a source", **pixels)
 
     add = partial(add_option, parser.add_argument_group("filter"))
@@ -2508,32 +2524,31 @@ def build_parser():
     add("--filter-case", kernels, "default is 1 2 1 / 2 4 2 / 1 2 1")
     add("--filter-fwhm", positive(maximum=50), "FWHM of gaussian, diameter of tophat", **pixels)
     add("--filter-file", Path, "kernel as text or SExtractor's .conv")
-    add("--filter-type", ("matched", "conv"), "how to filter if the noise is an array")
+    text = "with a noise image or map: matched weights pixels by their noise"
+    add("--filter-type", ("matched", "conv"), text)
 
     group = parser.add_argument_group("deblending and cleaning")
     add = partial(add_option, group)
     add("--deblend-nthresh", number(int, 1, 64), "number of levels", metavar="LEVELS")
-    add("--deblend-cont", number(float, 0, 1), "minimum contrast; 1: no deblending", **factor)
+    text = "minimum contrast: a lower value splits more; 1: no deblending"
+    add("--deblend-cont", number(float, 0, 1), text, **factor)
     text = "drop detections that are the light of bright neighbours (default: on)"
     group.add_argument("--clean", action=argparse.BooleanOptionalAction, help=text)
-    add("--clean-param", positive(), "a lower value drops more", metavar="VALUE")
+    add("--clean-param", positive(), "a lower value drops more detections", metavar="VALUE")
 
     add = partial(add_option, parser.add_argument_group("photometry"))
     add("--zeropoint", real, "magnitude of a flux of 1", metavar="MAG")
-    add(
-        "--kron-factor", positive(maximum=100), "radius of the AUTO ellipse in Kron radii", **factor
-    )
-    add(
-        "--kron-min-radius", positive(maximum=100), "its minimum in units of a, b", metavar="RADIUS"
-    )
-    size = positive(maximum=10_000)
-    add("--aperture-diameters", size, "diameters of circular apertures", nargs="+", **pixels)
+    radius, diameter = positive(maximum=100), positive(maximum=10_000)
+    add("--kron-factor", radius, "radius of the AUTO ellipse in Kron radii", **factor)
+    add("--kron-min-radius", radius, "its minimum radius, in units of a, b", metavar="RADIUS")
+    add("--aperture-diameters", diameter, "diameters of circular apertures", nargs="+", **pixels)
     add("--measure-image", Path, "detect on IMAGE, measure on this aligned image")
     add("--measure-hdu", str, "HDU of the measure image, as --hdu", **hdu)
     add("--measure-plane", number(int, 0), "plane of the measure image, as --plane", **plane)
 
     add = partial(add_option, parser.add_argument_group("output"))
-    add("-o --output-dir", Path, "for products without a path; created if missing", metavar="DIR")
+    text = "directory of products that are not named below; created if missing"
+    add("-o --output-dir", Path, text, metavar="DIR")
     for name, product in PRODUCTS.items():
         default = product.default.format(".fits or .tiff")
         note = f"default: {default}" if default else "on request"
@@ -2686,7 +2701,7 @@ def describe_settings(args, origin):
 def report_image(origin, pixels, mask):
     """Log what was read, how much is masked, and the header's beam and saturation level."""
     bad = np.count_nonzero(~np.isfinite(pixels[mask]))
-    masked = 100 * np.count_nonzero(mask) / mask.size
+    masked = 100 * mask.mean()
     log.info("image         %s: %d x %d %s", origin.name, *pixels.shape[::-1], origin.dtype)
     log.info("masked        %.2f %% (%d pixels have no finite value)", masked, bad)
     if origin.beam:
