@@ -4,10 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from astropy.io import fits
 from numpy.testing import assert_array_equal
 
-from common import extract, read_catalog
 from contract import one_line
 from same_as_sep import assert_same, direct
 from sky import grid_positions, simulate
@@ -30,7 +28,7 @@ def photons(rate):
 
 @pytest.mark.parametrize(
     ("level", "noise"),
-    [(100.5, 1), (100.3, 2), (100.8, 4), *((rate, None) for rate in (0.5, 1, 1.3, 2.7, 10.6))],
+    [(100.5, 1), (100.3, 2), (100.8, 4), *((rate, None) for rate in (0.5, 1, 2.7, 10.6))],
 )
 def test_the_level_of_counts_is_right_to_a_tenth(run, write, level, noise):
     image = gaussian(level, noise) if noise else photons(level)
@@ -41,9 +39,7 @@ def test_the_level_of_counts_is_right_to_a_tenth(run, write, level, noise):
         assert "have the value" not in result.err
 
 
-@pytest.mark.parametrize(
-    ("scale", "zero", "dtype"), [(0.25, 0.0, "f4"), (0.1, 500.0, "f4"), (40.0, -7.0, "f8")]
-)
+@pytest.mark.parametrize(("scale", "zero", "dtype"), [(0.1, 500, "f4"), (40, -7, "f8")])
 def test_any_quantum_will_do(run, write, scale, zero, dtype):
     image = (gaussian(100.5, 2) * scale + zero).astype(dtype)
     level = (run(write(image)).image("background").mean() - zero) / scale
@@ -51,21 +47,16 @@ def test_any_quantum_will_do(run, write, scale, zero, dtype):
 
 
 def test_fluxes_of_stars_on_counts_are_right(run, write):
-    shape = (660, 660)
-    x, y = grid_positions(shape, 33, seed=1)
-    image, _ = simulate(shape, star_table(x, y, 300.0), seed=2, level=100.5, noise=2.0)
+    sources = star_table(*grid_positions((660, 660), 33, seed=1), 300.0)
+    image, _ = simulate((660, 660), sources, seed=2, level=100.5, noise=2.0)
     catalog = run(write(np.rint(image).astype(np.int16)), "--aperture-diameters", 20).catalog
     pull = (catalog["flux_aper_20"] - 300) / catalog["fluxerr_aper_20"]
     assert abs(pull.median()) < 1
 
 
-def test_the_same_counts_give_the_same_products(tmp_path):
-    fits.writeto(tmp_path / "image.fits", photons(2.5).astype(np.int16))
-    images = []
-    for name in "ab":
-        extract(tmp_path / "image.fits", "-o", tmp_path / name)
-        images.append(fits.getdata(tmp_path / name / "background.fits"))
-    assert_array_equal(*images)
+def test_the_same_counts_give_the_same_products(run, write):
+    image = write(photons(2.5).astype(np.int16))
+    assert_array_equal(*(run(image).image("background") for _ in range(2)))
 
 
 @pytest.mark.parametrize(
@@ -78,12 +69,7 @@ def test_much_noise_or_no_quantum_leaves_all_to_sep(run, write, image):
 
 # Sparse photons
 
-ADVICE = re.compile(
-    one_line(
-        "warning",
-        r"[\d.]+ % of the pixels have the value \S+, .*absolute threshold \((.*?)\).*\((.*?)\)",
-    )
-)
+ADVICE = r"[\d.]+ % of the pixels have the value \S+, .*absolute threshold \((.*?)\).*\((.*?)\)"
 
 
 @pytest.mark.parametrize(("rate", "quantum"), [(0.01, 1), (0.1, 2.5), (0.6, 1)])
@@ -94,10 +80,8 @@ def test_the_advice_finds_the_sources_and_no_others(run, write, tmp_path, rate, 
     light, _ = simulate(shape, star_table(x, y, max(flux, 1e-3)), level=rate, noise=0.0)
     image = np.random.default_rng(8).poisson(light).astype(np.float32) * np.float32(quantum)
     result = run(write(image))
-    threshold, smoothing = ADVICE.search(result.err).groups()
-    advised = tmp_path / "advised"
-    extract(tmp_path / "image.fits", "-o", advised, *threshold.split(), *smoothing.split())
-    catalog = read_catalog(advised)
+    threshold, smoothing = re.search(one_line("warning", ADVICE), result.err).groups()
+    catalog = run(tmp_path / "image.fits", *threshold.split(), *smoothing.split()).catalog
     if flux == 0:
         assert len(catalog) == 0
     else:
@@ -124,19 +108,15 @@ def test_a_clean_frame_costs_no_warning_however_many_pixels_are_alike(
     assert np.median(result.image("rms")) / quantum == pytest.approx(rounded, abs=0.05)
 
 
-def half_empty():
+def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
     image = np.random.default_rng(1).normal(100, 5, SHAPE).astype(np.float32)
     image[:, :230] = 0
-    return image
-
-
-def test_pixels_that_hold_no_data_are_to_be_masked(run, write):
-    image = half_empty()
-    result = run(write(image))
-    assert re.search(one_line("warning", r"45 % of the pixels are exactly 0.0: .*"), result.err)
-    assert "have the value" not in result.err
-    masked = run(write(image, "masked.fits"), "--mask-box", 0, 229, 0, 511)
-    assert "have the value" not in masked.err
+    path, mask = write(image), write((image != 0).astype(np.uint8), "mask.fits")
+    padded, masked = run(path).err, run(path, "--mask-box", 0, 229, 0, 511).err
+    assert re.search(one_line("warning", r"45 % of the pixels are exactly 0.0: .*"), padded)
+    assert "have the value" not in padded + masked
+    constant = one_line("warning", "the image is constant: no sources")
+    assert re.search(constant, run(path, "--mask", mask).err)
 
 
 def test_an_image_of_two_values_ends_in_good_order(run, write):
@@ -144,13 +124,6 @@ def test_an_image_of_two_values_ends_in_good_order(run, write):
     for name, image in (("disc.fits", np.hypot(y - 32, x - 32) < 21), ("half.fits", y < 32)):
         result = run(write(image.astype(np.uint8), name), "--bw", 32, "--bh", 32)
         assert result.code == 0 or re.search(one_line("error", ".*no noise.*"), result.err)
-
-
-def test_a_mask_that_leaves_only_padding_is_no_reason_to_fail(run, write):
-    image = half_empty()
-    mask = write((image != 0).astype(np.uint8), "mask.fits")
-    result = run(write(image), "--mask", mask)
-    assert re.search(one_line("warning", "the image is constant: no sources"), result.err)
 
 
 @pytest.mark.parametrize("rate", [0.03, 0.3, 0.7])

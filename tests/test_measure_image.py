@@ -10,10 +10,6 @@ from common import rows_at
 from contract import DETECTION
 
 
-def read_text(result):
-    return (result.directory / "catalog.tsv").read_text()
-
-
 @pytest.mark.parametrize(
     ("form", "options"),
     [
@@ -28,8 +24,11 @@ def test_measuring_on_a_copy_changes_nothing(run, write, stars, tmp_path, form, 
         tifffile.imwrite(copy, stars)
     else:
         copy.write_bytes(image.read_bytes())
-    alone = read_text(run(image, *options.split()))
-    assert read_text(run(image, *options.split(), "--measure-image", copy)) == alone
+    alone, both = (
+        (run(image, *options.split(), *more).directory / "catalog.tsv").read_text()
+        for more in ((), ("--measure-image", copy))
+    )
+    assert both == alone
 
 
 def test_detection_comes_from_the_image_and_photometry_from_the_other(run, write, stars):
@@ -95,14 +94,11 @@ def test_missing_pixels_of_the_measured_image_cost_only_themselves(run, write, s
     assert whole.flux_auto == pytest.approx(1005, rel=0.05)
 
 
-def test_another_shape_is_refused_with_both(run, write, stars):
-    result = run(write(stars), "--measure-image", write(stars[:, :150], "narrow.fits"))
-    result.assert_refused("narrow.fits", "(120, 160)", "(120, 150)")
-
-
-def test_a_measured_image_without_values_is_refused_by_its_name(run, write, stars):
-    other = write(np.full_like(stars, np.nan), "other.fits")
-    run(write(stars), "--measure-image", other).assert_refused("other.fits")
+def test_another_shape_and_an_image_without_values_are_refused_by_name(run, write, stars):
+    image, narrow = write(stars), write(stars[:, :150], "narrow.fits")
+    run(image, "--measure-image", narrow).assert_refused(narrow, "(120, 160)", "(120, 150)")
+    blank = write(np.full_like(stars, np.nan), "blank.fits")
+    run(image, "--measure-image", blank).assert_refused(blank)
 
 
 def test_a_constant_image_can_be_measured(run, write, stars):
@@ -123,11 +119,10 @@ def test_an_absolute_threshold_is_for_the_detection_image_alone(run, write, crow
 
 
 def test_what_only_the_image_lacks_is_measured_on_the_other(run, write, stars):
-    alone = run(write(stars), "--thresh", 5, "--aperture-diameters", 6).catalog
-    x, y = alone[["x", "y"]].iloc[alone["flux"].argmax()]
-    holed = stars.copy()
-    holed[round(y), round(x) + 1] = np.nan
-    paths = write(holed, "holed.fits"), "--measure-image", write(stars, "whole.fits")
-    catalog = run(*paths, "--thresh", 5, "--aperture-diameters", 6).catalog
-    both = rows_at(catalog, [x], [y]), rows_at(alone, [x], [y])
+    holed, whole = stars.copy(), write(stars)
+    holed[30, 41] = np.nan
+    both = (
+        rows_at(run(*paths, "--thresh", 5, "--aperture-diameters", 6).catalog, [40], [30])
+        for paths in ((whole,), (write(holed, "holed.fits"), "--measure-image", whole))
+    )
     assert_allclose(*(rows["flux_aper_6"] for rows in both), rtol=0.02)

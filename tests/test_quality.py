@@ -23,14 +23,18 @@ def image(write, stars):
 # Bits
 
 
+def block():
+    """Return a mask of the block."""
+    mask = np.zeros(SHAPE, bool)
+    mask[BLOCK] = True
+    return mask
+
+
 def quality(dtype, bit, others=0):
-    """Return a quality image of the type, with the bit in the block and other bits elsewhere."""
-    width = 8 * np.dtype(dtype).itemsize
-    values = np.full(SHAPE, others, object)
-    values[BLOCK] = others | (1 << bit)
-    if np.dtype(dtype).kind == "i":
-        values = np.where(values >= 1 << (width - 1), values - (1 << width), values)
-    return values.astype(dtype)
+    """Return a quality image of the type, with the bit in the block and other bits everywhere."""
+    values = np.full(SHAPE, others, dtype.replace("i", "u"))
+    values[BLOCK] |= values.dtype.type(1 << bit)
+    return values.view(dtype)
 
 
 @pytest.mark.parametrize(
@@ -64,28 +68,17 @@ def test_values_and_their_sum_are_the_same(run, image, write, bits, masked):
     if masked == 2:
         result.assert_refused("every pixel is masked")
     else:
-        part = masked * quality("u1", 0).mean()
-        assert f"masked        {100 * part:.2f} %" in result.out
+        assert f"masked        {100 * masked * block().mean():.2f} %" in result.out
 
 
-def test_bits_of_a_floating_point_mask_are_refused(run, image, write):
+def test_bits_are_above_0_and_need_a_mask_of_integers_and_no_threshold(run, image, write):
     mask = write(np.ones(SHAPE, "f4"), "mask.fits")
     result = run(image, "--mask", mask, "--mask-bits", 1)
     result.assert_refused("mask.fits", "--mask-bits needs integers")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        *("--mask-bits 1", "--mask m.fits --mask-bits", "--mask m.fits --mask-bits 0"),
-        *("--mask m.fits --mask-bits -1", f"--mask m.fits --mask-bits {2**64}"),
-        "--mask m.fits --mask-bits 1 --maskthresh 0",
-    ],
-)
-def test_bits_are_above_0_and_need_a_mask_and_no_threshold(run, image, options):
-    result = run(image, *options.split())
-    assert result.code == 2
-    assert "--mask-bits" in result.err
+    for bits in ("1", *(f"{bit} --mask m.fits" for bit in ("", 0, -1, 2**64, "1 --maskthresh 0"))):
+        result = run(image, "--mask-bits", *bits.split())
+        assert result.code == 2
+        assert "--mask-bits" in result.err
 
 
 def test_a_mask_that_hides_the_sources_is_blamed(run, image, write, stars):
@@ -107,11 +100,6 @@ def test_an_empty_sky_is_not_blamed_on_its_mask(run, write):
 # Blank values and padding
 
 SIDE = 480
-
-
-def block():
-    """Return a mask of the block."""
-    return quality("u1", 0) > 0
 
 
 @pytest.fixture(scope="module")
@@ -204,14 +192,14 @@ def test_padding_is_told_though_pixels_of_it_are_masked(run, write, mosaic):
 # Saturation
 
 
+PLACES = [30.0, 80.0, 130.0], [60.0, 60.0, 60.0]
+
+
 @pytest.fixture(scope="module")
 def saturated():
     """Return stars of which the second is cut off at 900."""
-    sources = stars([30.0, 80.0, 130.0], [60.0, 60.0, 60.0], [5000.0, 20000.0, 6000.0])
+    sources = stars(*PLACES, [5000.0, 20000.0, 6000.0])
     return np.minimum(simulate(SHAPE, sources, seed=1, level=100.0)[0], 900)
-
-
-PLACES = [30.0, 80.0, 130.0], [60.0, 60.0, 60.0]
 
 
 def flags(result):
