@@ -4,9 +4,8 @@ A source is a sum of elliptical Gaussians, because a Gaussian convolved with a G
 one: the variances add. Moffat and Sersic profiles are turned into such sums, so a galaxy seen
 through a Moffat point-spread function needs no numerical convolution, and its total flux is exact.
 
-The point-spread function is the effective one: it includes the pixel, so that its value at a
-pixel's centre is the pixel's flux. With a FWHM of two pixels or more the pixels of a source add up
-to its flux to better than 0.1 %.
+The point-spread function is the effective one, whose value at a pixel's centre is the pixel's flux.
+With a FWHM of two pixels or more the pixels of a source add up to its flux to 0.1 %.
 
 Positions are SEP's: x is the column, y the row, 0-based, pixel centres at integers; arrays have
 the shape (ny, nx), and theta runs from +x towards +y, in radians. Lengths are in pixels, fluxes and
@@ -22,11 +21,6 @@ from math import ceil, comb, floor, gamma, log, pi, sqrt
 import numpy as np
 from astropy.table import Table, vstack
 from astropy.wcs import WCS
-
-__all__ = [
-    *("blobs", "galaxies", "grid_positions", "light", "random_sources", "simulate", "stars"),
-    *("tan_wcs", "vstack"),
-]
 
 FLUX_CUT = 1e-6  # part of a source's flux that may fall outside the box of one of its Gaussians
 PROFILE = ("fwhm", "beta", "n", "a", "b")  # columns that a source's Gaussians are made of
@@ -84,10 +78,8 @@ def random_sources(
 ):
     """Return a source table of stars and galaxies anywhere in the image; `psf` as for `stars`.
 
-    Of the total fluxes in the range `flux`, faint ones are more frequent: `slope` is that of the
-    cumulative counts, N(> flux) ~ flux**-slope; 1.5 for a uniform Euclidean space. Half of the
-    galaxies have n = 1, half n = 4; `radius` is the range of their half-light semi-major axes, and
-    their axis ratios are 0.3 to 1.
+    Counts of sources over a total flux go as flux**-slope. Half of the galaxies have n = 1, half
+    n = 4; `radius` is the range of their half-light semi-major axes, with axis ratios of 0.3 to 1.
     """
     rng = np.random.default_rng(seed)
     ny, nx = shape
@@ -105,11 +97,7 @@ def random_sources(
 
 
 def blobs(shape, *centres, seed=3, level=100.0, noise=1.0, peak=60.0, a=2.0, b=2.0, theta=0.0):
-    """Return a float32 image of equal elliptical Gaussians in white noise.
-
-    Each has its centre (x, y), is `peak` high above the background, and has an RMS of `a` and `b`
-    along its axes.
-    """
+    """Return a float32 image of elliptical Gaussians of RMS `a` and `b` in white noise."""
     image = np.random.default_rng(seed).normal(level, noise, shape)
     y, x = np.indices(shape)
     for x0, y0 in centres:
@@ -120,17 +108,13 @@ def blobs(shape, *centres, seed=3, level=100.0, noise=1.0, peak=60.0, a=2.0, b=2
 
 
 def tan_wcs(shape, *, ra=150.0, dec=2.0, scale=0.262):
-    """Return a gnomonic WCS (ICRS, north up, east left) centred on an image.
-
-    `ra` and `dec` are in degrees, the `scale` in seconds of arc a pixel.
-    """
-    ny, nx = shape
+    """Return a gnomonic WCS (ICRS, north up, east left) about (ra, dec); `scale` in arcsec."""
     wcs = WCS(naxis=2)
     wcs.wcs.ctype = ["RA---TAN", "DEC--TAN"]
     wcs.wcs.cunit = ["deg", "deg"]
     wcs.wcs.radesys = "ICRS"
     wcs.wcs.crval = [ra, dec]
-    wcs.wcs.crpix = [(nx + 1) / 2, (ny + 1) / 2]
+    wcs.wcs.crpix = [(size + 1) / 2 for size in shape[::-1]]
     wcs.wcs.cdelt = [-scale / 3600, scale / 3600]
     wcs.array_shape = shape
     return wcs
@@ -155,15 +139,13 @@ def simulate(
 ):
     """Return a float32 image of a source table, and the table with what else is true of it.
 
-    The `background` is that of `light`. `noise` is the standard deviation of Gaussian noise,
-    correlated by a Gaussian of the FWHM `noise_fwhm`, or white if that is 0. With a `gain`,
-    electrons for one image unit, sources and background have Poisson noise too; negative values
-    count as no electrons.
+    The `background` is that of `light`. `noise` is the standard deviation of Gaussian noise, which
+    is correlated by a Gaussian of the FWHM `noise_fwhm`, or white if that is 0. With a `gain`
+    (electrons for one image unit) sources and background have Poisson noise too.
 
-    Columns are added for ``r50``, the radius of the circle that holds half of the flux,
-    point-spread function included, and for ``ra`` and ``dec`` in degrees, nan without `wcs`. An
-    aperture on the pixels spreads each pixel's flux over its square, so that it finds about
-    r50 * sqrt(1 + 0.46 / fwhm**2) for a star.
+    Columns are added for ``ra`` and ``dec`` in degrees, nan without `wcs`, and for ``r50``, the
+    radius of the circle that holds half of the flux. An aperture spreads each pixel's flux over its
+    square, and finds about r50 * sqrt(1 + 0.46 / fwhm**2) for a star.
     """
     rng = np.random.default_rng(seed)
     image = light(shape, sources, **background)
@@ -218,8 +200,7 @@ def _sersic(n):
 
     The transform is that of Shajib (2019, MNRAS 488, 1387, section 2); b_n is the expansion by
     Ciotti & Bertin (1999, A&A 352, 447). Gaussians narrower than 0.03 r_e or wider than 6 r_e are
-    left out, which softens the cusp and the far wings of n = 4; the rest are scaled so that half of
-    their light falls within r_e again.
+    left out; the rest are scaled so that half of their light falls within r_e again.
     """
     b_n = 2 * n - 1 / 3 + 4 / (405 * n) + 46 / (25515 * n**2)
     order = 12
@@ -239,8 +220,7 @@ def _sersic(n):
 def _half_light_radius(fractions, along, across):
     """Radius of the circle that holds half the flux of concentric, aligned elliptical Gaussians.
 
-    In polar coordinates the radial integral of a Gaussian is analytic; the other one is taken as
-    the mean over the angles of a quarter turn.
+    The radial integral is analytic; the other one is the mean over the angles of a quarter turn.
     """
     angle = (np.arange(16) + 0.5) * pi / 32
     steepness = np.cos(angle) ** 2 / along[:, None] + np.sin(angle) ** 2 / across[:, None]
@@ -285,7 +265,6 @@ def _unit_noise(shape, fwhm, rng):
         return noise
     variance = fwhm**2 / (8 * log(2))
     square = np.fft.fftfreq(shape[0])[:, None] ** 2 + np.fft.fftfreq(shape[1]) ** 2
-    scale = np.sqrt(np.mean(np.exp(-4 * pi**2 * variance * square)))
-    half = square[:, : shape[1] // 2 + 1]
-    transfer = np.exp(-2 * pi**2 * variance * half) / scale
-    return np.fft.irfft2(np.fft.rfft2(noise) * transfer, s=shape).astype(np.float32)
+    transfer = np.exp(-2 * pi**2 * variance * square)
+    smooth = np.fft.ifft2(np.fft.fft2(noise) * transfer).real
+    return (smooth / np.sqrt(np.mean(transfer**2))).astype(np.float32)
