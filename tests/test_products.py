@@ -122,18 +122,15 @@ def test_fits_products_obey_the_standard_and_have_the_unit_of_their_values(nine)
             hdus.verify("exception")
             in_image_values = path.stem in ("background", "rms", "subtracted")
             assert hdus[0].header.get("BUNIT") == ("nJy" if in_image_values else None)
+            if path.stem == "segmentation":
+                assert hdus[0].data.dtype == np.dtype(">i4")
+                assert "BZERO" not in hdus[0].header
 
 
 @pytest.mark.parametrize(("pixels", "products"), [(">i4", ">f4"), (">f4", ">f4"), (">f8", ">f8")])
 def test_levels_are_float32_unless_the_image_is_float64(run, write, stars, pixels, products):
     result = run(write(stars.astype(pixels)))
     assert result.image("background").dtype == result.image("rms").dtype == products
-
-
-def test_fits_segmentation_is_int32_in_the_primary_hdu(nine):
-    with fits.open(nine / "segmentation.fits") as hdus:
-        assert hdus[0].data.dtype == np.dtype(">i4")
-        assert "BZERO" not in hdus[0].header
 
 
 @pytest.mark.parametrize(
@@ -188,9 +185,8 @@ def test_the_hdu_in_history_can_be_given_again(run, tmp_path, stars):
     hdus = [fits.PrimaryHDU(), fits.ImageHDU(stars[:50]), fits.ImageHDU(stars, name="SCI")]
     fits.HDUList(hdus).writeto(tmp_path / "mef.fits")
     result = run(tmp_path / "mef.fits", "--hdu", "SCI")
-    told = next(line for line in history(result.directory / "rms.fits") if line.startswith("hdu"))
-    assert told == "hdu = 2"
-    again = run(tmp_path / "mef.fits", "--hdu", told.removeprefix("hdu = "))
+    assert "hdu = 2" in history(result.directory / "rms.fits")
+    again = run(tmp_path / "mef.fits", "--hdu", 2)
     pd.testing.assert_frame_equal(again.catalog, result.catalog)
 
 

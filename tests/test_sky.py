@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -14,7 +12,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from numpy.testing import assert_allclose
 
-from common import NX, NY, SCRIPT, start
+from common import NX, NY, insert_cards, start
 from contract import FIVE, one_line
 from headers import (
     ALL_SKY,
@@ -66,19 +64,14 @@ def positions(path, plane=None):
     return pd.DataFrame({"x": x, "y": y, "ra": ra, "dec": dec})
 
 
-NUMBER = r"(-?\d+\.\d+(?:e-\d+)?)"
-ELLIPSE = re.compile(
-    rf'ellipse\({NUMBER},{NUMBER},{NUMBER}("?),{NUMBER}("?),{NUMBER}\) # text={{(\d+)}}'
-)
+ELLIPSE = re.compile(r'ellipse\((.+),(.+),(.+?)("?),(.+?)("?),(.+)\) # text={(\d+)}')
 
 
 def read_regions(path, system):
     """Return the numbers and labels of the ellipses of a region file in this system."""
-    lines = path.read_text().splitlines()
-    assert lines[0].startswith("# Region file format: DS9")
-    shapes = lines[lines.index(system) + 1 :]
-    found = [ELLIPSE.fullmatch(line) for line in shapes]
-    assert all(found), shapes
+    head, _, shapes = path.read_text().partition(f"\n{system}\n")
+    assert head.startswith("# Region file format: DS9")
+    found = [ELLIPSE.fullmatch(line) for line in shapes.splitlines()]
     seconds = '"' if system == "icrs" else ""
     assert all(match.group(4, 6) == (seconds, seconds) for match in found)
     return np.array([match.group(1, 2, 3, 5, 7, 8) for match in found], dtype=float)
@@ -164,32 +157,26 @@ def test_a_radio_image_of_four_axes_keeps_its_two_celestial_ones(run, write, sta
 
 # Cubes
 
-VELOCITY = {"CTYPE": "VELO-LSR", "CUNIT": "m/s", "CRVAL": 3e4, "CRPIX": 2.0, "CDELT": 1300.0}
-STOKES = {"CTYPE": "STOKES", "CRVAL": 1.0, "CRPIX": 1.0, "CDELT": 1.0}
-RA = {"CTYPE": "RA---SIN", "CUNIT": "deg", "CRVAL": 83.6, "CRPIX": 70.5, "CDELT": -1e-3}
-DEC = {"CTYPE": "DEC--SIN", "CUNIT": "deg", "CRVAL": 22.0, "CRPIX": 50.5, "CDELT": 1e-3}
-LENGTHS = {"VELO-LSR": 3, "STOKES": 2}
+AXES = {
+    "V": {"CTYPE": "VELO-LSR", "CUNIT": "m/s", "CRVAL": 3e4, "CRPIX": 2.0, "CDELT": 1300.0},
+    "S": {"CTYPE": "STOKES", "CRVAL": 1.0, "CRPIX": 1.0, "CDELT": 1.0},
+    "R": {"CTYPE": "RA---SIN", "CUNIT": "deg", "CRVAL": 83.6, "CRPIX": 70.5, "CDELT": -1e-3},
+    "D": {"CTYPE": "DEC--SIN", "CUNIT": "deg", "CRVAL": 22.0, "CRPIX": 50.5, "CDELT": 1e-3},
+}
+LENGTHS = {"V": 3, "S": 2}
 
 
 @pytest.mark.filterwarnings("ignore::astropy.wcs.FITSFixedWarning")
-@pytest.mark.parametrize(
-    "order",
-    [
-        *([RA, DEC, VELOCITY], [VELOCITY, RA, DEC], [RA, VELOCITY, DEC], [DEC, VELOCITY, RA]),
-        *([DEC, RA, VELOCITY], [STOKES, VELOCITY, RA, DEC], [RA, STOKES, DEC, VELOCITY]),
-    ],
-    ids=lambda order: "-".join(axis["CTYPE"][:2] for axis in order),
-)
+@pytest.mark.parametrize("order", ["RDV", "VRD", "RVD", "DVR", "DRV", "SVRD", "RSDV"])
 def test_the_plane_of_a_cube_is_that_of_the_sky_in_any_order_of_axes(run, write, stars, order):
-    header = fits.Header({f"{k}{n}": v for n, axis in enumerate(order, 1) for k, v in axis.items()})
-    names = [axis["CTYPE"] for axis in order[::-1]]
-    ra_first = names.index("DEC--SIN") < names.index("RA---SIN")
-    image = stars if ra_first else np.ascontiguousarray(stars.T)
+    header = fits.Header({f"{k}{n}": v for n, a in enumerate(order, 1) for k, v in AXES[a].items()})
+    names = order[::-1]  # as numpy's axes
+    image = stars if names.index("D") < names.index("R") else np.ascontiguousarray(stars.T)
     others = [LENGTHS[name] for name in names if name in LENGTHS]
     where = np.unravel_index(1, others)
     cube = np.zeros((*others, *image.shape), np.float32)
     cube[where] = image
-    sky = sorted([names.index("RA---SIN"), names.index("DEC--SIN")])
+    sky = sorted([names.index("R"), names.index("D")])
     path = write(np.ascontiguousarray(np.moveaxis(cube, (-2, -1), sky)), **header)
     assert np.array_equal(read_image(path, plane=1)[1], image)
     result = run(path, "--plane", 1, "--thresh", 5)
@@ -202,7 +189,7 @@ def test_the_plane_of_a_cube_is_that_of_the_sky_in_any_order_of_axes(run, write,
     pixel[sky[0]], pixel[sky[1]] = catalog["y"].to_numpy(), catalog["x"].to_numpy()
     whole = WCS(header)
     world = whole.all_pix2world(*pixel[::-1], 0)
-    expected = SkyCoord(*(world[axis] * u.deg for axis in (whole.wcs.lng, whole.wcs.lat)))
+    expected = SkyCoord(world[whole.wcs.lng], world[whole.wcs.lat], unit="deg")
     found = SkyCoord(catalog["ra"], catalog["dec"], unit="deg")
     assert found.separation(expected).arcsec.max() < 1e-5
     assert_on_sky(catalog, result.directory / "segmentation.fits", None)
@@ -255,7 +242,6 @@ SCAMP = {f"PV{i}_{j}": 1e-2 / (i + j) for i in (1, 2) for j in (0, 4, 5, 6)} | {
         ("TAN-SIP", SIP | SCAMP, (2,), "SIP is used, PV ignored"),
         ("TPV", SIP | SCAMP, (), "PV is used, SIP ignored"),
         ("TAN", SIP | SCAMP, (1,), "PV is used, SIP ignored"),
-        ("TAN", SIP, (), "SIP is applied, though CTYPE lacks -SIP"),
         ("TAN", SIP, (2,), "SIP is applied, though CTYPE lacks -SIP"),
     ],
 )
@@ -310,15 +296,13 @@ def test_libraries_write_nothing_to_stdout(write, stars, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("options", [[], ["-q"]])
 def test_a_reader_of_stdout_that_goes_away_costs_neither_products_nor_positions(
-    write, stars, tmp_path, options
+    write, stars, tmp_path
 ):
     path, products = write(stars, **TALKATIVE), tmp_path / "products"
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, SCRIPT, path, *options, "-o", products]
-    result = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True)
+    result = start(path, "-o", products, stdout=writing)
     os.close(writing)
     assert "can't be used" not in result.stderr
     assert {file.name for file in products.iterdir()} == FIVE
@@ -367,19 +351,19 @@ def test_a_wcs_without_icrs_positions_costs_them_and_one_warning(write, stars, t
     assert (read_image(path)[0].wcs is None) == (kind in NO_WCS)
 
 
-@pytest.mark.parametrize("header", [NO_WCS["singular"], NO_ICRS["frame"]], ids=["none", "no ICRS"])
-def test_with_a_broken_wcs_regions_are_in_pixels(run, write, stars, tmp_path, header):
+@pytest.mark.parametrize(("header", "kept"), [(NO_WCS["singular"], 0), (NO_ICRS["frame"], 1)])
+def test_with_a_broken_wcs_regions_are_in_pixels(run, write, stars, tmp_path, header, kept):
     result = run(write(stars, **header), "--regions", tmp_path / "sources.reg")
     assert (result.code, len(result.catalog)) == (0, 6)
     assert re.fullmatch(one_line("warning", ".*WCS.*"), result.err)
     assert result.catalog[["ra", "dec"]].isna().all(axis=None)
     assert "\nimage\nellipse" in (tmp_path / "sources.reg").read_text()
-    kept = "CTYPE1" in fits.getheader(result.directory / "background.fits")
-    assert kept == (header in NO_ICRS.values())
+    assert ("CTYPE1" in fits.getheader(result.directory / "background.fits")) == kept
 
 
-@pytest.mark.parametrize("key", ["CRVAL1", "CRPIX2", "CD1_2"])
-@pytest.mark.parametrize("value", ["1,5", "'1.5'", "nan"])
+@pytest.mark.parametrize(
+    ("key", "value"), [("CRVAL1", "1,5"), ("CRPIX2", "'1.5'"), ("CD1_2", "nan"), ("CRVAL1", "nan")]
+)
 def test_a_card_of_the_wcs_that_cannot_be_read_is_named(write, stars, told, key, value):
     path = write(stars, **cards())
     card = f"{key:8}= {value}".ljust(80).encode()
@@ -389,11 +373,9 @@ def test_a_card_of_the_wcs_that_cannot_be_read_is_named(write, stars, told, key,
     assert re.search(f"WCS.*{key} can't be read", text)
 
 
-def test_a_wcs_that_can_not_be_written_is_left_out(tmp_path, stars, told):
-    header = fits.Header(cards())
-    header.append(fits.Card.fromstring("LONPOLE =                1E400"))
-    fits.PrimaryHDU(stars, header).writeto(tmp_path / "image.fits", output_verify="ignore")
-    assert positions(tmp_path / "image.fits")["ra"].isna().all()
+def test_a_wcs_that_can_not_be_written_is_left_out(write, stars, told):
+    path = insert_cards(write(stars, **cards()), b"LONPOLE =                1E400")
+    assert positions(path)["ra"].isna().all()
     (text,) = told
     assert "WCS can't be used and is left out" in text
 
@@ -401,50 +383,40 @@ def test_a_wcs_that_can_not_be_written_is_left_out(tmp_path, stars, told):
 # Two images
 
 
-def test_the_wcs_comes_from_the_chosen_hdu(run, tmp_path, stars):
-    hdus = [fits.PrimaryHDU(stars, fits.Header(cards(CRVAL1=10.0)))]
-    hdus.append(fits.ImageHDU(stars, fits.Header(cards()), name="SCI"))
-    fits.HDUList(hdus).writeto(tmp_path / "two.fits")
-    fits.PrimaryHDU(hdus[1].data, hdus[1].header).writeto(tmp_path / "one.fits")
-    result = run(tmp_path / "two.fits", "--hdu", "SCI")
-    assert_same_sky(result.directory / "rms.fits", tmp_path / "one.fits")
+def test_the_wcs_comes_from_the_chosen_hdu(run, write, stars):
+    two = write(stars, "two.fits", **cards(CRVAL1=10.0))
+    fits.append(two, stars, fits.Header(cards(EXTNAME="SCI")))
+    result = run(two, "--hdu", "SCI")
+    assert_same_sky(result.directory / "rms.fits", write(stars, "one.fits", **cards()))
 
 
-def measured_on(write, image, header):
-    """Read an image, and one of this header to measure on."""
-    path, other = write(image, **cards()), write(image, "other.fits", **header)
-    origin, pixels = read_image(path)
-    read_measure_image(other, None, None, (), origin, pixels.shape)
-
-
-def test_the_same_sky_in_another_frame_is_no_cause_for_a_warning(write, stars, told):
-    centre = SkyCoord(cards()["CRVAL1"], cards()["CRVAL2"], unit="deg").fk5
-    place = {"CRVAL1": centre.ra.deg, "CRVAL2": centre.dec.deg}
-    measured_on(write, stars, cards(RADESYS="FK5", EQUINOX=2000.0, **place))
-    assert told == []
+CENTRE = SkyCoord(cards()["CRVAL1"], cards()["CRVAL2"], unit="deg").fk5
+SAME_IN_FK5 = cards(RADESYS="FK5", EQUINOX=2000.0, CRVAL1=CENTRE.ra.deg, CRVAL2=CENTRE.dec.deg)
 
 
 @pytest.mark.parametrize(
     ("header", "away"),
     [
+        (SAME_IN_FK5, None),
         (cards(CRPIX1=83.12), "up to"),
         (cards(CRVAL2=-54.35), "up to"),
         (cards(CD1_1=8.66e-5), "up to"),
         (cards(RADESYS="FK4"), "up to"),
         (ECLIPTIC, "an unknown number of"),
     ],
-    ids=["shift", "pointing", "mirrored", "frame", "ecliptic"],
+    ids=["same sky", "shift", "pointing", "mirrored", "frame", "ecliptic"],
 )
-def test_another_wcs_costs_a_warning(write, stars, told, header, away):
-    measured_on(write, stars, header)
-    (text,) = told
-    assert re.search(rf"other\.fits.*WCS.* {away} .*pixels;", text)
+def test_another_sky_to_measure_on_costs_a_warning(write, stars, told, header, away):
+    origin, pixels = read_image(write(stars, **cards()))
+    read_measure_image(write(stars, "other.fits", **header), None, None, (), origin, pixels.shape)
+    assert len(told) == (away is not None)
+    assert all(re.search(rf"other\.fits.*WCS.* {away} .*pixels;", text) for text in told)
 
 
 def test_with_another_wcs_the_pixels_are_measured_and_positions_are_the_images(run, write, stars):
     path, other = write(stars, **cards()), write(stars, "other.fits", **cards(CRPIX1=83.12))
-    plain = run(path, "--thresh", 5).catalog
     result = run(path, "--thresh", 5, "--measure-image", other)
+    plain = run(path, "--thresh", 5).catalog
     assert re.fullmatch(one_line("warning", r".*other\.fits.*WCS.*"), result.err)
     assert_allclose(result.catalog, plain)
     assert_on_sky(result.catalog, path, ICRS())

@@ -27,7 +27,7 @@ def test_isolated_stars_are_all_found_in_place_with_their_flux(run, write, optio
     np.testing.assert_allclose(catalog.flux[index][18:], true["flux"][18:], rtol=0.03)
 
 
-@pytest.mark.parametrize(("a", "theta"), [(5, -1.2), (7, -0.4), (5, 0.0), (7, 0.6), (5, 1.5)])
+@pytest.mark.parametrize(("a", "theta"), [(5, -1.2), (5, 0.0), (7, 0.6), (5, 1.5)])
 def test_a_galaxys_angle_runs_from_x_towards_y(run, write, theta, a):
     true = galaxies(40.4, 30.2, 2e4, a=a, b=2, theta=theta)
     image, _ = simulate((160, 160), true, seed=3, level=10, noise=1)

@@ -41,21 +41,12 @@ ANY = (-inf, inf)
 # The table
 
 
-class Row(NamedTuple):
-    """A row of the table, but for the case: values are numbers or tuples of them."""
-
-    measured: str
-    limits: tuple[float, float]  # of our value
-    ours: object
-    theirs: str = ""
-
-    def good(self):
-        low, high = self.limits
-        return all(low <= value <= high for value in np.atleast_1d(self.ours))
-
-    def cells(self):
-        limits = "" if self.limits == ANY else "{:g} to {:g}".format(*self.limits)
-        return self.measured, limits, written(self.ours) + " !" * (not self.good()), self.theirs
+def row(measured, limits, ours, theirs=""):
+    """Return if our values are within the limits, and a row of the table, but for the case."""
+    low, high = limits
+    good = all(low <= value <= high for value in np.atleast_1d(ours))
+    within = "" if limits == ANY else f"{low:g} to {high:g}"
+    return good, (measured, within, written(ours) + " !" * (not good), theirs)
 
 
 def written(values):
@@ -67,16 +58,14 @@ def compared(ours, run_theirs, *measurements):
     """Yield a row for each name, limits and function of our result and of SExtractor's."""
     theirs = run_theirs() if PROGRAM else None
     for name, limits, measure in measurements:
-        yield Row(name, limits, measure(ours), written(measure(theirs)) if PROGRAM else "")
+        yield row(name, limits, measure(ours), written(measure(theirs)) if PROGRAM else "")
 
 
 # Running: the columns compared, and what SExtractor calls them
 
-NAMES = {
-    **{name: f"{name.upper()}_IMAGE" for name in ("x", "y", "xwin", "ywin")},
-    **{name: f"{name.upper()}_IMAGE" for name in ("errawin", "errbwin", "errthetawin")},
-    **{"flux_auto": "FLUX_AUTO", "flux_aper_4": "FLUX_APER"},
-}
+POSITIONS = "x y xwin ywin errawin errbwin errthetawin"
+NAMES = {name: f"{name.upper()}_IMAGE" for name in POSITIONS.split()}
+NAMES |= {"flux_auto": "FLUX_AUTO", "flux_aper_4": "FLUX_APER"}
 
 
 class Run(NamedTuple):
@@ -208,7 +197,7 @@ def masked_pixels(seed):
     for x, y in truth["x", "y"].iterrows():
         mask[round(y) - 20 : round(y) + 20, round(x) + 1 : round(x) + 8] = True
     labels = tool(image, mask=mask).images["segmentation"]
-    yield Row("masked pixels with a label", (0, 0), np.sum(labels[mask] > 0))
+    yield row("masked pixels with a label", (0, 0), np.sum(labels[mask] > 0))
 
 
 @case("bad columns through stars of S/N 200, masked")
@@ -255,7 +244,7 @@ def padded_mosaic(seed):
     truth, whole = truth[at < 300], at[at < 300] < 280  # those further out aren't there
     zeros = np.where(outside, 0, image)
     plain = tool(zeros)
-    yield Row("warned of the zeros", (1, 1), "--blank" in plain.warnings)
+    yield row("warned of the zeros", (1, 1), "--blank" in plain.warnings)
     for name, run, bad, least, most in (
         ("zeros", plain, None, -inf, inf),
         ("zeros, `--blank 0`", tool(zeros, "--blank", 0), outside, 99, 2),
@@ -293,10 +282,10 @@ def counts(seed):
         lambda: [sextracted(sky) for sky in skies],
         (f"spurious, empty sky of {written(rates)} a pixel", ANY, lambda some: [*map(len, some)]),
     )
-    yield Row("warned of them", (1, 1), ["--err-option none" in run.warnings for run in runs])
+    yield row("warned of them", (1, 1), ["--err-option none" in run.warnings for run in runs])
     advised = [run.advised("--err-option") for run in runs]
     number = [len(tool(sky, *words).catalog) for sky, words in zip(skies, advised, strict=True)]
-    yield Row("spurious there, with the options that it advises", (0, 2), number)
+    yield row("spurious there, with the options that it advises", (0, 2), number)
 
 
 @case("cells of 150 pixels")
@@ -317,9 +306,9 @@ def large_objects(seed):
 
     run = tool(image)
     yield from compared(run.catalog, lambda: sextracted(image), ("flux lost, %", ANY, lost))
-    yield Row("warned", (1, 1), "--bw" in run.warnings)
+    yield row("warned", (1, 1), "--bw" in run.warnings)
     better = lost(tool(image, *run.advised("--bw")).catalog)
-    yield Row("flux lost, %, with the options that it advises", (-inf, 10), better)
+    yield row("flux lost, %, with the options that it advises", (-inf, 10), better)
 
 
 @case("apertures and errors")
@@ -366,9 +355,9 @@ def main(argv=None):
     for name, rows_of in CASES.items():
         if args.words and not any(word in name for word in args.words):
             continue
-        for number, row in enumerate(rows_of(args.seed)):
-            good &= row.good()
-            print(row_of("" if number else name, *row.cells()), flush=True)
+        for number, (within, cells) in enumerate(rows_of(args.seed)):
+            good &= within
+            print(row_of("" if number else name, *cells), flush=True)
     return 0 if good else 1
 
 

@@ -1,12 +1,8 @@
 """Write the pictures that README and form show of the tool's work, with the tool itself.
 
-    tests/tools/make_pictures.py
-
 docs/sources.png    the Hubble Deep Field's sources, for the README
 picture.xml         those of the simulated sky, for the help of the form: as a token that holds the
                     picture, since Galaxy serves no file for a help in Markdown
-
-`browser.py` takes docs/form.png.
 """
 
 import base64

@@ -50,11 +50,9 @@ FWHM = 3.0
 
 
 class Sky(NamedTuple):
-    """Sources, the keywords of `simulate`, and the tool's options."""
-
     shape: tuple[int, int]
     sources: Table
-    conditions: dict
+    conditions: dict  # keywords of `simulate`
     options: tuple[str, ...] = ()
 
 
@@ -70,6 +68,8 @@ def detect(image, *options, header=None):
 
 def match(catalog, truth, radius):
     """Return the row numbers in both of those that are each other's nearest, within `radius`."""
+    if not len(catalog):
+        return np.empty((2, 0), int)
     there, distance = nearest(catalog, truth)
     back, _ = nearest(truth, catalog)
     i = np.flatnonzero((back[there] == np.arange(len(catalog))) & (distance <= radius))
@@ -81,13 +81,9 @@ def nearest(points, others):
 
     Both are tables or mappings with the columns x and y, in pixels.
     """
-    x, y = np.asarray(others["x"]), np.asarray(others["y"])
-    index, distance = np.empty(len(points["x"]), int), np.empty(len(points["x"]))
-    for i, place in enumerate(zip(points["x"], points["y"], strict=True)):
-        distances = np.hypot(x - place[0], y - place[1])
-        index[i] = distances.argmin()
-        distance[i] = distances[index[i]]
-    return index, distance
+    here, there = (np.asarray(t["x"]) + 1j * np.asarray(t["y"]) for t in (points, others))
+    index = np.array([np.abs(there - place).argmin() for place in here], int)
+    return index, np.abs(there[index] - here)
 
 
 def spread(values):
@@ -124,33 +120,23 @@ def crowded(pixels_per_source, *, seed):
     return Sky(shape, sources, {"level": 100.0})
 
 
-def gaussian(*source):
-    return stars(*source, fwhm=FWHM)
-
-
-def moffat(*source):
-    return stars(*source, fwhm=FWHM, beta=3.0)
-
-
-def sersic(n):
-    return lambda *source: galaxies(*source, n=n, a=3.0, b=1.8, theta=0.5, fwhm=FWHM)
-
+gaussian = partial(stars, fwhm=FWHM)
+moffat = partial(stars, fwhm=FWHM, beta=3.0)
+sersic = partial(galaxies, a=3.0, b=1.8, theta=0.5, fwhm=FWHM)
 
 # Functions of a seed.
 SKIES = {
     PINNED: partial(isolated, gaussian),
     "isolated Moffat stars (beta 3)": partial(isolated, moffat),
-    "isolated Sersic galaxies, n = 1": partial(isolated, sersic(1)),
-    "isolated Sersic galaxies, n = 4": partial(isolated, sersic(4)),
+    "isolated Sersic galaxies, n = 1": partial(isolated, partial(sersic, n=1)),
+    "isolated Sersic galaxies, n = 4": partial(isolated, partial(sersic, n=4)),
     "Gaussian stars, gradient of 30 times the noise across": partial(
         isolated, gaussian, gradient=(30.0, -15.0)
     ),
     "Gaussian stars, correlated noise (FWHM 2)": partial(isolated, gaussian, noise_fwhm=2.0),
     "Gaussian stars, Poisson noise (gain 2, sky 100)": partial(isolated, gaussian, gain=2.0),
-    **{
-        f"stars and galaxies, one in {pixels} pixels": partial(crowded, pixels)
-        for pixels in (2500, 1000, 400)
-    },
+    "stars and galaxies, one in 2500 pixels": partial(crowded, 2500),
+    "stars and galaxies, one in 400 pixels": partial(crowded, 400),
 }
 
 
@@ -215,19 +201,14 @@ def summarize(catalog, truth, bins):
             table["snr"].between(low, high, inclusive="left") for table in (catalog, truth, pairs)
         )
         complete = within.sum() / true.sum() if true.any() else np.nan
-        cells = [
-            f"{low:g}-{high:g}",
-            f"{true.sum()}",
-            f"{complete:.1%}",
-            f"{real[ours].mean():.1%}",
-        ]
+        cells = [f"{low:g}-{high:g}", true.sum(), f"{complete:.1%}"]
+        cells.append(f"{real[ours].mean():.1%}")
         cells += [form.format(value_of(pairs[within])) for form, value_of in COLUMNS.values()]
-        yield ["" if "nan" in cell else cell for cell in cells]
+        yield ["" if "nan" in str(cell) else cell for cell in cells]
 
 
 def row_of(*cells):
-    """Return a row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main(argv=None):
