@@ -158,16 +158,10 @@ def test_a_negative_number_may_follow_its_option(value):
     assert parsed("--zeropoint", "--zeropoint", value) == float(value)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        *(("--bw", 2**31), ("--bh", 2**31 - 1), ("--bh", 10**400)),
-        *(("--minarea", 10**400), ("--plane", 10**30), ("--mask-box", 10**400)),
-    ],
-    ids=lambda value: value if isinstance(value, str) else f"{len(str(value))} digits",
-)
-def test_a_huge_number_brings_no_traceback(run, write, stars, option, value):
-    result = run(write(stars), *words(option, str(value)))
+@pytest.mark.parametrize("digits", [10, 30, 400])
+@pytest.mark.parametrize("option", ["--bw", "--minarea", "--plane", "--mask-box"])
+def test_a_huge_number_brings_no_traceback(run, write, stars, option, digits):
+    result = run(write(stars), *words(option, "9" * digits))
     if result.code:
         assert re.fullmatch(ONE_ERROR, result.err)
     else:
@@ -322,16 +316,13 @@ def test_a_fault_of_the_tool_is_called_so_and_not_damage(
 # Ways to start it
 
 
-def test_the_installed_command_is_main_which_reads_the_command_line(
-    write, stars, tmp_path, monkeypatch
-):
+def test_the_installed_command_is_main_which_reads_the_command_line(monkeypatch, capsys):
     project = tomllib.loads(SCRIPT.with_name("pyproject.toml").read_text())["project"]
     command = pkgutil.resolve_name(project["scripts"]["source_extractor"])
     assert command is source_extractor.main
-    image = str(write(stars))
-    monkeypatch.setattr(sys, "argv", ["source_extractor", image, "-q", "-o", str(tmp_path / "o")])
-    assert command() == 0
-    assert len(list((tmp_path / "o").iterdir())) == 5
+    monkeypatch.setattr(sys, "argv", ["source_extractor", "nowhere.fits"])
+    assert command() == 1
+    assert "nowhere.fits" in capsys.readouterr().err
 
 
 def test_a_run_imports_only_what_it_needs(write, stars, tmp_path):
