@@ -10,8 +10,11 @@ import re
 import struct
 import zlib
 from functools import partial
+from unittest import mock
+from uuid import UUID
 
 import numpy as np
+import tifffile
 from astropy.io import fits
 from astropy.table import Table
 
@@ -34,29 +37,28 @@ def fits_of(*hdus):
 
 def corpus_of_fits():
     image, primary = stars(), fits.PrimaryHDU
+    single = image.astype("f4")
     files = {
         f"{dtype}.fits": fits_of(primary(image.astype(dtype)))
         for dtype in ("u1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
     }
-    scaled = primary(image.astype("f4"))
+    scaled = primary(single)
     scaled.scale("int16", bscale=0.01, bzero=30)
     scaled.header["BLANK"] = -32768
     files["scaled.fits"] = fits_of(scaled)
     for kind in ("RICE_1", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "PLIO_1", "NOCOMPRESS"):
-        for dtype in ("i2", "i4", "f4", "f8"):
-            if kind != "PLIO_1" or dtype == "i2":
-                hdu = fits.CompImageHDU(image.astype(dtype), compression_type=kind)
-                files[f"{kind}-{dtype}.fits"] = fits_of(primary(), hdu)
-    files["cube.fits"] = fits_of(primary(np.stack([image] * 3).astype("f4")))
-    files["axes.fits"] = fits_of(primary(image.astype("f4")[None, None]))
+        for dtype in ("i2", "i4", "f4", "f8") if kind != "PLIO_1" else ("i2",):
+            hdu = fits.CompImageHDU(image.astype(dtype), compression_type=kind)
+            files[f"{kind}-{dtype}.fits"] = fits_of(primary(), hdu)
+    files["cube.fits"] = fits_of(primary(np.stack([single] * 3)))
+    files["axes.fits"] = fits_of(primary(single[None, None]))
     table = fits.BinTableHDU(Table({"x": np.arange(9), "name": ["a"] * 9}))
-    several = [fits.ImageHDU(image.astype("f4"), name=name) for name in ("SCI", "ERR", "DQ")]
+    several = [fits.ImageHDU(single, name=name) for name in ("SCI", "ERR", "DQ")]
     files["several.fits"] = fits_of(primary(), table, *several)
-    wcs = primary(image.astype("f4"))
-    wcs.header.update(CTYPE1="RA---TAN", CTYPE2="DEC--TAN", CRVAL1=150.0, CRVAL2=2.0)
-    wcs.header.update(CRPIX1=20.0, CRPIX2=20.0, CDELT1=-1e-4, CDELT2=1e-4, BUNIT="Jy/beam")
-    wcs.header.update(BMAJ=3e-4, BMIN=2e-4, SATURATE=1e4, LONG="word " * 60)
-    files["wcs.fits"] = fits_of(wcs)
+    wcs = {"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CRVAL1": 150.0, "CRVAL2": 2.0}
+    wcs |= {"CRPIX1": 20.0, "CRPIX2": 20.0, "CDELT1": -1e-4, "CDELT2": 1e-4, "BUNIT": "Jy/beam"}
+    wcs |= {"BMAJ": 3e-4, "BMIN": 2e-4, "SATURATE": 1e4, "LONG": "word " * 60}
+    files["wcs.fits"] = fits_of(primary(single, fits.Header(wcs)))
     files["f4.fits.gz"] = gzip.compress(files["f4.fits"])
     files["several.fits.bz2"] = bz2.compress(files["several.fits"])
     return files
@@ -72,14 +74,15 @@ def corpus_of_tiff():
         for dtype in ("u1", "u2", "f4"):
             if dtype == "u1" or (dtype == "u2" and kind != "jpeg") or kind[0] in "zl":
                 files[f"{kind}-{dtype}.tif"] = tiff_bytes(image.astype(dtype), compression=kind)
-    more = {
-        "tiled": {"tile": (16, 16), "compression": "zlib", "predictor": True},
+    layouts = {
         "big": {"bigtiff": True},
         "motorola": {"byteorder": ">"},
         "strips": {"rowsperstrip": 3},
-        "white": {"photometric": "miniswhite"},
     }
-    files |= {f"{name}.tif": tiff_bytes(image.astype("u2"), **how) for name, how in more.items()}
+    layouts["white"] = {"photometric": "miniswhite"}
+    layouts["tiled"] = {"tile": (16, 16), "compression": "zlib", "predictor": True}
+    for name, layout in layouts.items():
+        files[f"{name}.tif"] = tiff_bytes(image.astype("u2"), **layout)
     stack = np.stack([image] * 3).astype("u2")
     files["stack.tif"] = tiff_bytes(stack)
     files["imagej.tif"] = tiff_bytes(stack, imagej=True)
@@ -123,8 +126,7 @@ def corpus_of_oddities():
     files["gzip of nothing.gz"], files["gzip of text.gz"] = gzip.compress(b""), gzip.compress(b"a")
     files["page.fits"] = b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n"
     files["archive.fits"] = b"PK\x03\x04\x14\0\0\0\x08\0" + bytes(2000)
-    whole = tiff_bytes(spots.astype("u1"), compression="zlib", rowsperstrip=40)
-    files["tiff.fits"], files["fits.tif"] = whole, files["constant.fits"]
+    files["tiff.fits"], files["fits.tif"] = files["complex.tif"], files["constant.fits"]
     return files
 
 
@@ -137,44 +139,21 @@ def crafted_files():
     whole = tiff_bytes(spots.astype("u1"), compression="zlib", rowsperstrip=40)
     bomb = patched_tiff(whole + strip, "StripOffsets", len(whole))
     files["bomb.tif"] = patched_tiff(bomb, "StripByteCounts", len(strip))
-    for name, lie in {"planes": {"planes": 10**9}, "page": {"of_a_page": 10**9}}.items():
-        description = ome_description(spots, **lie)
-        files[f"{name}.ome.tif"] = tiff_bytes(spots, description=description, metadata=None)
+    with tifffile.TiffFile(io.BytesIO(tiff_bytes(spots, ome=True))) as tiff:
+        lie = re.sub('(SizeZ|PlaneCount)="1"', r'\1="1000000000"', tiff.ome_metadata)
+    files["planes.ome.tif"] = tiff_bytes(spots, description=lie, metadata=None)
     sip = {"A_ORDER": 30_000, "B_ORDER": 30_000, "A_2_0": 1e-9}
     distortion = fits.Header({"CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP"} | sip)
     files["distortion.fits"] = fits_of(fits.PrimaryHDU(spots, distortion))
     return files
 
 
-def ome_description(image, planes=1, of_a_page=1):
-    """Return the OME-XML of an image (ny, nx) that is said to have so many planes, or pages."""
-    height, width = image.shape
-    sizes = f'SizeX="{width}" SizeY="{height}" SizeC="1" SizeT="1" SizeZ="{planes}"'
-    kind = {"f4": "float", "f8": "double"}[image.dtype.str[1:]]
-    return (
-        '<?xml version="1.0"?>'
-        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
-        f'<Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="{kind}" {sizes}>'
-        f'<TiffData IFD="0" PlaneCount="{of_a_page}"/></Pixels></Image></OME>'
-    )
-
-
 KERNELS = {
-    "default": "1 2 1\n2 4 2\n1 2 1\n",
-    "conv": "CONV NORM\n# \xe9\n1 2 1\n2 4 2\n1 2 1\n",
-    "one": "1\n",
-    "wide": "1 " * 101,
-    "nan": "1 nan 1\n",
-    "negative": "-1 0 1\n",
-    "zero": "0 0 0\n",
-    "even": "1 2\n2 1\n",
-    "ragged": "1 2 3\n1 2\n",
-    "large": "1e39 1 1\n",
-    "complex": "1+2j 1 1\n",
-    "words": "one two three\n",
-    "title alone": "CONV NORM\n",
-    "nothing": "",
-    "nulls": "1 \0 1\n",
+    **{"default": "1 2 1\n2 4 2\n1 2 1\n", "conv": "CONV NORM\n# \xe9\n1 2 1\n2 4 2\n1 2 1\n"},
+    **{"one": "1\n", "wide": "1 " * 101, "nan": "1 nan 1\n", "negative": "-1 0 1\n"},
+    **{"zero": "0 0 0\n", "even": "1 2\n2 1\n", "ragged": "1 2 3\n1 2\n", "large": "1e39 1 1\n"},
+    **{"complex": "1+2j 1 1\n", "words": "one two three\n", "title alone": "CONV NORM\n"},
+    **{"nothing": "", "nulls": "1 \0 1\n"},
 }
 
 
@@ -212,47 +191,35 @@ GIANT_LIES = (
     *("1000000000", "2147483647", "-2147483648", "4294967296", "9223372036854775807"),
     *("99999999999999999999", "'1PB(9999999999)'", "'999999999D'"),
 )
-KEYS = (
-    *("BITPIX", "NAXIS", "NAXIS1", "NAXIS2", "NAXIS3", "PCOUNT", "GCOUNT", "TFIELDS", "BLANK"),
-    *("BSCALE", "BZERO", "EXTEND", "EXTNAME", "EXTVER", "XTENSION", "CTYPE1", "CRVAL1", "CDELT1"),
-    *("CD1_1", "CRPIX2", "ZIMAGE", "ZBITPIX", "ZNAXIS", "ZNAXIS1", "ZTILE1", "ZTILE2", "ZCMPTYPE"),
-    *("ZVAL1", "ZBLANK", "ZQUANTIZ", "TFORM1", "THEAP", "WCSAXES", "A_ORDER", "SATURATE", "BUNIT"),
-    *("GROUPS", "DATASUM", "CHECKSUM", "END", "SIMPLE", "HISTORY", "CONTINUE", "LATPOLE"),
-    "EQUINOX",
-)
+KEYS = """
+BITPIX NAXIS NAXIS1 NAXIS2 NAXIS3 PCOUNT GCOUNT TFIELDS BLANK BSCALE BZERO EXTEND EXTNAME EXTVER
+XTENSION CTYPE1 CRVAL1 CDELT1 CD1_1 CRPIX2 ZIMAGE ZBITPIX ZNAXIS ZNAXIS1 ZTILE1 ZTILE2 ZCMPTYPE
+ZVAL1 ZBLANK ZQUANTIZ TFORM1 THEAP WCSAXES A_ORDER SATURATE BUNIT GROUPS DATASUM CHECKSUM END SIMPLE
+HISTORY CONTINUE LATPOLE EQUINOX
+"""
 
 
 def lie_in_header(content, rng, lies=LIES):
-    """Change cards of any header of a FITS file; giant lies are repeated as well."""
+    """Change cards of any header of a FITS file."""
     spoilt = bytearray(content)
+    is_card = re.compile(rb"[A-Z0-9_-]{1,8} *=? ").match
     for _ in range(rng.choice((1, 1, 2, 5))):
-        card = re.compile(rb"[A-Z0-9_-]{1,8} *=? ").match
-        cards = [at for at in range(0, len(spoilt) - 79, 80) if card(spoilt, at)]
-        key, lie = rng.choice(KEYS), rng.choice(lies)
-        own = [at for at in cards if bytes(spoilt[at : at + 8]).decode("latin-1").strip() == key]
+        cards = [at for at in range(0, len(spoilt) - 79, 80) if is_card(spoilt, at)]
+        key, lie = rng.choice(KEYS.split()), rng.choice(lies)
+        own = [at for at in cards if spoilt[at : at + 8].rstrip() == key.encode()]
         at = rng.choice(own or cards or [0])
         if rng.random() < 0.3:
-            key = bytes(spoilt[at : at + 8]).decode("latin-1").strip()
-        line = f"{key:8}= {lie:>20}".encode()
-        spoilt[at : at + 80] = f"{line[:80].decode('latin-1'):80}".encode("latin-1")
-    if lies is GIANT_LIES and rng.random() < 0.1:
-        line, count = rng.choice((b"CONTINUE  'a&'", b"HISTORY a", b"")), rng.choice((100, 10**5))
-        spoilt[80:80] = line.ljust(80) * (count // 36 * 36)
+            key = spoilt[at : at + 8].decode("latin-1")
+        spoilt[at : at + 80] = f"{key:8}= {lie:>20}".encode("latin-1").ljust(80)
     return bytes(spoilt)
 
 
-def entries(content):
-    """Return the byte order of a classic TIFF, its first directory's place, and its entries'."""
-    order = "<" if content[:2] == b"II" else ">"
-    (start,) = struct.unpack_from(order + "I", content, 4)
-    (count,) = struct.unpack_from(order + "H", content, start)
-    return order, start, [start + 2 + 12 * i for i in range(count)]
-
-
 def lie_in_directory(content, rng, giant=False):
-    """Change types, counts and values of tags of a TIFF; giant: also let it lead to itself."""
+    """Change tags, types, counts and values of a TIFF; giant: also let it lead to itself."""
+    order = "<" if content[:2] == b"II" else ">"
     try:
-        order, start, places = entries(content)
+        (start,) = struct.unpack_from(order + "I", content, 4)
+        (count,) = struct.unpack_from(order + "H", content, start)
     except struct.error:
         return flip_bytes(content, rng)
     spoilt = bytearray(content)
@@ -260,26 +227,22 @@ def lie_in_directory(content, rng, giant=False):
     if giant:
         numbers = (10**8, 2**31, 2**32 - 1, start, len(content) - 4)
     for _ in range(rng.choice((1, 1, 2, 4))):
-        at, what = rng.choice(places), rng.randrange(6)
-        if what == 0:
-            tag = rng.choice((256, 257, 258, 259, 262, 273, 277))
-            struct.pack_into(order + "H", spoilt, at, tag)
-        elif what == 1:
-            struct.pack_into(order + "H", spoilt, at + 2, rng.randrange(20))
-        elif what == 2:
-            struct.pack_into(order + "I", spoilt, at + 4, rng.choice(numbers))
-        elif what == 3 and places[-1] + 16 <= len(spoilt):
-            struct.pack_into(order + "I", spoilt, places[-1] + 12, rng.choice(numbers))
-        else:
-            struct.pack_into(order + "I", spoilt, at + 8, rng.choice(numbers))
+        at, end = start + 2 + 12 * rng.randrange(count), start + 2 + 12 * count
+        tag, value = rng.choice((256, 257, 258, 259, 262, 273, 277)), rng.choice(numbers)
+        places = ("H", tag, at), ("H", rng.randrange(20), at + 2), ("I", value, at + 4)
+        kind, new, place = rng.choice((*places, *[("I", value, at + 8)] * 2, ("I", value, end)))
+        if place + 4 <= len(spoilt):
+            struct.pack_into(order + kind, spoilt, place, new)
     return bytes(spoilt)
 
 
 def corpus():
-    """Return all files, by their family and name."""
+    """Return all files, by their family and name: the same bytes in every run."""
     makers = {"FITS": corpus_of_fits, "TIFF": corpus_of_tiff, "odd": corpus_of_oddities}
     makers["crafted"] = crafted_files
-    return {(kind, name): file for kind, make in makers.items() for name, file in make().items()}
+    time, identifier = {"return_value": 0.0}, {"return_value": UUID(int=0)}
+    with mock.patch("time.time", **time), mock.patch("uuid.uuid1", **identifier):
+        return {(kind, name): file for kind in makers for name, file in makers[kind]().items()}
 
 
 SPOIL = {"cut short": cut_short, "bytes flipped": flip_bytes, "blocks moved": move_blocks}
@@ -297,7 +260,8 @@ def spoilt(family, name, content, rng):
         return "whole", content
     ways = SPOIL | LIE[family]
     how = rng.choice((*SPOIL, "lies", "lies", "crafted"))
-    packing = {"gz": gzip, "bz2": bz2}.get(name.rpartition(".")[2])
-    if packing and rng.random() < 0.5:
-        return how, packing.compress(ways[how](packing.decompress(content), rng))
+    if name.endswith(".gz") and rng.random() < 0.5:
+        return how, gzip.compress(ways[how](gzip.decompress(content), rng), mtime=0)
+    if name.endswith(".bz2") and rng.random() < 0.5:
+        return how, bz2.compress(ways[how](bz2.decompress(content), rng))
     return how, ways[how](content, rng)
