@@ -242,6 +242,7 @@ SCAMP = {f"PV{i}_{j}": 1e-2 / (i + j) for i in (1, 2) for j in (0, 4, 5, 6)} | {
         ("TAN-SIP", SIP | SCAMP, (2,), "SIP is used, PV ignored"),
         ("TPV", SIP | SCAMP, (), "PV is used, SIP ignored"),
         ("TAN", SIP | SCAMP, (1,), "PV is used, SIP ignored"),
+        ("TAN", SIP, (), "SIP is applied, though CTYPE lacks -SIP"),
         ("TAN", SIP, (2,), "SIP is applied, though CTYPE lacks -SIP"),
     ],
 )
