@@ -9,10 +9,11 @@ import pytest
 import sep
 import tifffile
 from astropy.io import fits
+from numpy.testing import assert_allclose, assert_array_equal
 
 from common import SHAPE, SKY, Run
 from contract import SEP_FIELDS
-from same_as_sep import DEFAULT_KERNEL, assert_same, assert_subtracted, direct
+from same_as_sep import CUT, DEFAULT_KERNEL, assert_same, assert_subtracted, direct
 from sky import blobs, galaxies, random_sources, simulate, stars, vstack
 from source_extractor import (
     BackgroundSettings,
@@ -51,21 +52,17 @@ def table(result):
 # The same as SEP
 
 OPTIONS = {
-    "--thresh 4": {"thresh": 4.0},
     "--err-option array_rms": {"noise": "array_rms"},
     "--err-option array_rms --filter-type conv": {"noise": "array_rms", "filter_type": "conv"},
     "--err-option array_rms --filter-case none": {"noise": "array_rms", "filter_kernel": None},
     "--err-option none --thresh 5.5": {"noise": "none", "thresh": 5.5},
     "--filter-type conv": {"filter_type": "conv"},
     "--filter-case none": {"filter_kernel": None},
-    "--filter-case gaussian --filter-fwhm 3": {"filter_kernel": make_kernel("gaussian", 3, None)},
     "--filter-case tophat --filter-fwhm 4.7": {"filter_kernel": make_kernel("tophat", 4.7, None)},
     "--minarea 25": {"minarea": 25},
     "--minarea 1 --thresh 2": {"minarea": 1, "thresh": 2.0},
-    "--gain 2": {"gain": 2.0},
     "--gain 2 --err-option array_rms": {"gain": 2.0, "noise": "array_rms"},
     "--deblend-nthresh 1": {"deblend_nthresh": 1},
-    "--deblend-nthresh 2": {"deblend_nthresh": 2},
     "--deblend-nthresh 64 --deblend-cont 0": {"deblend_nthresh": 64, "deblend_cont": 0.0},
     "--deblend-cont 1": {"deblend_cont": 1.0},
     "--no-clean": {"clean": False},
@@ -73,8 +70,7 @@ OPTIONS = {
     "--bw 40 --bh 25 --fw 5 --fh 1 --fthresh 0.3": {
         "mesh": {"bw": 40, "bh": 25, "fw": 5, "fh": 1, "fthresh": 0.3}
     },
-    "--bw 512": {"mesh": {"bw": 200}},
-    f"--bh {2**31 - 1}": {"mesh": {"bh": 150}},
+    f"--bw 512 --bh {2**31 - 1}": {"mesh": {"bw": 200, "bh": 150}},
 }
 
 
@@ -91,23 +87,29 @@ def test_products_of_the_test_sky_are_those_of_sep(nine):
     assert_same(result, expected)
     assert_subtracted(nine / "subtracted.fits", image, expected)
     catalog, labels = result.catalog, result.image("segmentation")
-    np.testing.assert_array_equal(catalog.id, np.arange(1, len(catalog) + 1))
-    np.testing.assert_array_equal(np.bincount(labels.ravel())[1:], catalog.npix)
-    np.testing.assert_array_equal(labels[catalog.ypeak, catalog.xpeak], catalog.id)
+    assert_array_equal(catalog.id, np.arange(1, len(catalog) + 1))
+    assert_array_equal(np.bincount(labels.ravel())[1:], catalog.npix)
+    assert_array_equal(labels[catalog.ypeak, catalog.xpeak], catalog.id)
 
 
 @pytest.mark.parametrize(
-    ("option", "dtype"), [("float_globalrms", "f8"), ("array_rms", "f4"), ("none", "f4")]
+    ("option", "bad", "dtype"),
+    [("float_globalrms", np.nan, "f8"), ("array_rms", np.inf, "f4"), ("none", -np.inf, "f4")],
 )
-def test_masked_products_are_those_of_sep(run, write, field, option, dtype):
+def test_pixels_masked_by_a_file_or_not_finite_are_left_out_as_in_sep(
+    run, write, field, option, bad, dtype
+):
     holes = np.random.default_rng(5).random(field.shape) < 0.01
     holes[2:20, :30] = True
     holes[:2] = False  # where SEP itself errs
     holes[:, 111] = True
-    image = field.astype(dtype)
-    paths = write(image), "--mask", write(holes.astype(np.uint8), "mask.fits")
+    image, mask = field.astype(dtype), holes & (np.indices(holes.shape)[1] % 8 < 4)
+    image[holes & ~mask] = bad
+    paths = write(image), "--mask", write(mask.astype(np.uint8), "mask.fits")
     result = run(*paths, "--err-option", option, "--thresh", 4, "--bridge", 0)
-    assert_same(result, direct(image, mask=holes, noise=option, thresh=4.0))
+    assert_same(result, direct(field.astype(dtype), mask=holes, noise=option, thresh=4.0))
+    assert not result.image("segmentation")[holes].any()
+    assert {*(result.catalog["flag"] & CUT)} == {0, CUT}
 
 
 KERNELS = {
@@ -144,29 +146,6 @@ def test_any_pixel_type_gives_the_products_of_the_same_floats(run, tmp_path, sta
 
 
 @pytest.mark.parametrize(
-    ("bad", "option"), [(np.nan, "float_globalrms"), (np.inf, "array_rms"), (-np.inf, "none")]
-)
-def test_pixels_that_are_not_finite_are_masked_by_themselves(run, write, stars, bad, option):
-    hole = np.zeros(stars.shape, bool)
-    hole[28:32, 38:43] = hole[60, 80] = True
-    expected = direct(stars, mask=hole, noise=option, thresh=4.0)
-    stars[hole] = bad
-    options = ("--err-option", option, "--thresh", 4, "--bridge", 0)
-    assert_same(run(write(stars), *options), expected)
-
-
-@pytest.mark.parametrize("border", [1, 20])
-def test_border_of_nan_does_not_change_the_sources_inside(run, write, stars, border):
-    framed = np.pad(stars, border, constant_values=np.nan)
-    mesh = "--bw", 400, "--bh", 400
-    inside = table(run(write(stars), *mesh))
-    found = table(run(write(framed, "framed.fits"), *mesh))
-    np.testing.assert_array_equal(found.npix, inside.npix)
-    np.testing.assert_allclose(found[["x", "y"]], inside[["x", "y"]] + border, rtol=1e-6)
-    np.testing.assert_allclose(found.flux, inside.flux, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
     ("bad", "width", "option"),
     [(1e6, 3, "float_globalrms"), (1e6, 7, "array_rms"), (np.nan, 7, "none")],
 )
@@ -184,9 +163,9 @@ def test_masked_pixels_in_the_first_rows_are_not_detected(
     )
     assert len(upright) == 6
     upright, flipped = upright.sort_values("x"), flipped.sort_values("x")
-    np.testing.assert_array_equal(upright.npix, flipped.npix)
-    np.testing.assert_allclose(upright.x, flipped.x, rtol=1e-5)
-    np.testing.assert_allclose(upright.y, len(stars) - 1 - flipped.y, rtol=1e-5)
+    assert_array_equal(upright.npix, flipped.npix)
+    assert_allclose(upright.x, flipped.x, rtol=1e-5)
+    assert_allclose(upright.y, len(stars) - 1 - flipped.y, rtol=1e-5)
 
 
 def test_masked_pixels_in_the_first_rows_keep_their_value_in_the_subtracted_image(
@@ -197,7 +176,7 @@ def test_masked_pixels_in_the_first_rows_keep_their_value_in_the_subtracted_imag
     result = run(write(stars), "--mask-box", 60, 60, 0, 0, "--bridge", 0, "--subtracted", path)
     assert len(table(result)) == 6
     expected = stars - result.image("background")
-    np.testing.assert_allclose(fits.getdata(path), expected, rtol=1e-5, atol=1e-5)
+    assert_allclose(fits.getdata(path), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [3.4e38, -1e300])
@@ -231,7 +210,7 @@ def test_constant_image_has_no_noise_and_no_sources(run, write, value, dtype, op
     assert re.search(rf"^background +{re.escape(f'{value:g}')}, rms 0$", result.out, re.MULTILINE)
     assert not result.image("segmentation").any()
     assert not result.image("rms").any()
-    np.testing.assert_allclose(result.image("background"), image, rtol=1e-7)
+    assert_allclose(result.image("background"), image, rtol=1e-7)
 
 
 def test_sources_without_noise_need_an_absolute_threshold(run, write):
@@ -259,7 +238,7 @@ def test_some_box_needs_half_of_its_pixels_for_a_background(run, write, stars, r
         mask = np.zeros(SHAPE, bool)
         mask[: rows + 1] = True
         expected = sep.Background(stars, mask=mask, bw=160, bh=120)
-        np.testing.assert_array_equal(result.image("background"), expected.back())
+        assert_array_equal(result.image("background"), expected.back())
         assert table(result).ymin.min() >= 59
         assert len(table(result)) == 3
     else:
@@ -278,8 +257,8 @@ def test_images_smaller_than_the_kernel_are_worked_on(
     result = run(write(image), *filtering, *options.split(), "--minarea", 1)
     assert result.code == 0
     for product in ("background", "rms", "segmentation"):
-        assert result.image(product).shape == shape
         assert np.isfinite(result.image(product)).all()
+        assert result.image(product).shape == shape
 
 
 def test_bright_pixel_of_a_single_row_is_found(run, write):
@@ -324,7 +303,7 @@ def test_more_sub_objects_than_seps_limit_are_deblended(run, write):
 # Scales and pedestals that float32 can't take
 
 FLUXES = ["thresh", "cflux", "flux", "cpeak", "peak"]
-MEASURED_FLUXES = ["flux_auto", "fluxerr_auto", "flux_aper_6", "fluxerr_aper_6"]
+MEASURED_FLUXES = ["flux_auto", "fluxerr_auto", "flux_aper_6", "fluxerr_aper_6", "rms"]
 FREE_OF_SCALE = ["kron_radius", "snr", "flux_radius", "xwin", "ywin", "flag_auto"]
 
 
@@ -336,7 +315,6 @@ FREE_OF_SCALE = ["kron_radius", "snr", "flux_radius", "xwin", "ywin", "flag_auto
         ("array_rms", 1e20, 0, np.float32),
         ("array_rms", 1e-20, -1e7, np.float64),
         ("none", 1e150, 0, np.float64),
-        ("none", 1e-20, 0, np.float32),
         ("file", 1e20, 0, np.float32),
         ("file", 1, 1e7, np.float64),
     ],
@@ -355,22 +333,19 @@ def test_scale_and_pedestal_do_not_matter(run, write, stars, option, factor, ped
     image = ((stars.astype(np.float64) + pedestal) * factor).astype(dtype)
     found, scaled_level, scaled_noise = products(image, "scaled.fits", factor)
     assert len(plain) == 6
-    np.testing.assert_array_equal(found.npix, plain.npix)
+    assert_array_equal(found.npix, plain.npix)
     for name in SEP_FIELDS:
         scaled = plain[name] * (factor if name in FLUXES else 1)
-        np.testing.assert_allclose(found[name], scaled, rtol=2e-3, atol=1e-5, err_msg=name)
+        assert_allclose(found[name], scaled, rtol=2e-3, atol=1e-5, err_msg=name)
     rtol = 2e-3 if pedestal else 1e-3
-    fluxes = [*MEASURED_FLUXES, "rms"]
-    np.testing.assert_allclose(found[fluxes] / factor, plain[fluxes], rtol=rtol)
-    np.testing.assert_allclose(found[FREE_OF_SCALE], plain[FREE_OF_SCALE], rtol=rtol)
-    np.testing.assert_allclose(
-        found["background"] / factor - pedestal, plain["background"], atol=0.05
-    )
+    assert_allclose(found[MEASURED_FLUXES] / factor, plain[MEASURED_FLUXES], rtol=rtol)
+    assert_allclose(found[FREE_OF_SCALE], plain[FREE_OF_SCALE], rtol=rtol)
+    assert_allclose(found["background"] / factor - pedestal, plain["background"], atol=0.05)
     shift = -2.5 * math.log10(factor)
-    np.testing.assert_allclose(found["mag_auto"] - plain["mag_auto"], shift, atol=rtol)
+    assert_allclose(found["mag_auto"] - plain["mag_auto"], shift, atol=rtol)
     assert scaled_level.dtype.newbyteorder("=") == dtype
-    np.testing.assert_allclose(scaled_noise / factor, noise, rtol=1e-3)
-    np.testing.assert_allclose(scaled_level / factor - pedestal, level, atol=1e-2)
+    assert_allclose(scaled_noise / factor, noise, rtol=1e-3)
+    assert_allclose(scaled_level / factor - pedestal, level, atol=1e-2)
 
 
 # Background in two passes
@@ -397,7 +372,7 @@ def test_second_pass_of_empty_sky_changes_nothing(run, write):
     once, twice = (
         run(path, "--thresh", 5, "--background-passes", n).image("background") for n in (1, 2)
     )
-    np.testing.assert_array_equal(once, twice)
+    assert_array_equal(once, twice)
 
 
 def test_second_pass_with_sources_everywhere_keeps_the_first(run, write):
@@ -405,7 +380,7 @@ def test_second_pass_with_sources_everywhere_keeps_the_first(run, write):
     path = write(image.astype(np.float32))
     once = run(path).image("background")
     result = run(path, "--background-passes", 2)
-    np.testing.assert_array_equal(result.image("background"), once)
+    assert_array_equal(result.image("background"), once)
     assert "warning: sources fill every background box" in result.err
     assert result.code == 0
 
@@ -475,13 +450,10 @@ def test_any_image_ends_in_good_order(run, tmp_path, seed):
     option = ("float_globalrms", "array_rms", "none")[seed % 3]
     result = run(tmp_path / "image.tiff", "--err-option", option, "--minarea", 1)
     if result.code == 1:
-        assert re.search(
-            "every pixel is masked|every background box|no noise|noise is unknown", result.err
-        )
+        refusals = "every pixel is masked|every background box|no noise|noise is unknown"
+        assert re.search(refusals, result.err)
     else:
         assert result.code == 0
-        counts = np.bincount(
-            result.image("segmentation").ravel(), minlength=len(result.catalog) + 1
-        )
-        np.testing.assert_array_equal(counts[1:], result.catalog.npix)
+        labels, npix = result.image("segmentation"), result.catalog.npix
+        assert_array_equal(np.bincount(labels.ravel(), minlength=len(npix) + 1)[1:], npix)
         assert np.isfinite(result.image("background")).all()

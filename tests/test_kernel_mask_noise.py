@@ -13,6 +13,7 @@ from same_as_sep import DEFAULT_KERNEL, assert_same, direct
 from source_extractor import make_kernel
 
 BLOCK = np.s_[85:116, 10:56]  # holds the star at (30, 95), and no other
+FILE = "--err-option", "file", "--err-file"
 
 
 @pytest.fixture
@@ -50,9 +51,9 @@ def block(value, dtype, rest=0):
 @pytest.mark.parametrize(
     ("form", "dtype", "value", "threshold"),
     [
-        *(("fits", dtype, 1, 0) for dtype in ("u1", "i2", "u2", "i8", "f4", "f8")),
-        *(("tiff", dtype, 1, 0) for dtype in ("?", "i1", "u4", "f2")),
-        *((form, "f4", np.nan, threshold) for form, threshold in (("fits", 0), ("tiff", 1e6))),
+        *(("fits", dtype, 1, 0) for dtype in ("u1", "u2", "i8", "f8")),
+        *(("tiff", dtype, 1, 0) for dtype in ("?", "i1", "f2")),
+        ("tiff", "f4", np.nan, 1e6),
     ],
 )
 def test_a_mask_of_any_type_has_the_effect_of_a_boolean_one(
@@ -64,9 +65,7 @@ def test_a_mask_of_any_type_has_the_effect_of_a_boolean_one(
     assert not result.image("segmentation")[BLOCK].any()
 
 
-@pytest.mark.parametrize(
-    ("threshold", "masked"), [(0, 3), (1, 2), (1.5, 2), (4.999, 1), (-1, 4), (-2.5, None)]
-)
+@pytest.mark.parametrize(("threshold", "masked"), [(0, 3), (1, 2), (1.5, 2), (-1, 4), (-2.5, None)])
 def test_mask_pixels_greater_than_maskthresh_are_masked(run, image, put, threshold, masked):
     mask = np.full(SHAPE, -2, np.int16)
     mask[:40, :40].flat = np.resize([0, 1, 2, 5], 1600)
@@ -85,13 +84,16 @@ def test_mask_joins_what_is_not_finite_and_the_boxes(run, write, stars, put):
     assert f"{100 * 16 / stars.size:.2f} % (8 pixels" in result.out
 
 
-def test_mask_hdu_is_chosen_by_name(run, image, stars, tmp_path):
-    path, hdus = tmp_path / "masks.dat", [fits.PrimaryHDU()]
-    hdus += [fits.ImageHDU(block(value, "u1"), name=name) for value, name in ((0, "A"), (1, "DQ"))]
-    fits.HDUList(hdus).writeto(path)
+def test_hdus_of_mask_and_noise_are_chosen_by_name(run, image, stars, tmp_path):
+    path, sigma = tmp_path / "others.dat", np.ones(SHAPE, np.float32)
+    planes = {"A": block(0, "u1"), "DQ": block(1, "u1"), "BIG": 1e6 * sigma, "ERR": sigma}
+    hdus = [fits.ImageHDU(plane, name=name) for name, plane in planes.items()]
+    fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(path)
     assert len(run(image, "--mask", path).catalog) == 6
-    result = run(image, "--mask", path, "--mask-hdu", "DQ")
-    assert_same(result, direct(stars, mask=block(True, bool)))
+    masked = run(image, "--mask", path, "--mask-hdu", "DQ")
+    assert_same(masked, direct(stars, mask=block(True, bool)))
+    assert len(run(image, *FILE, path, "--err-hdu", "BIG").catalog) == 0
+    assert len(run(image, *FILE, path, "--err-hdu", "ERR").catalog) >= 6
 
 
 def test_a_stack_of_masks_gives_the_plane_of_the_image_and_one_mask_serves_all(
@@ -108,10 +110,9 @@ def test_a_stack_of_masks_gives_the_plane_of_the_image_and_one_mask_serves_all(
 @pytest.mark.parametrize(
     ("option", "form", "shape"),
     [
-        (("--mask",), "fits", (160, 120)),
-        (("--mask",), "tiff", (120, 159)),
+        (("--mask",), "tiff", (160, 120)),
         (("--mask",), "fits", (1, 160)),
-        (("--err-option", "file", "--err-file"), "fits", (120, 161)),
+        (FILE, "fits", (120, 161)),
     ],
 )
 def test_a_mask_or_noise_of_another_shape_is_refused_with_both(
@@ -142,20 +143,14 @@ def test_boxes_mask_their_ends_too_and_end_at_the_edge(run, image, stars, boxes,
     assert f"{100 * mask.mean():.2f} %" in result.out
 
 
-@pytest.mark.parametrize("box", [(160, 170, 0, 5), (0, 5, 120, 121)])
-def test_a_box_outside_the_image_is_refused(run, image, box):
-    said = f"the mask box {' '.join(map(str, box))} (XMIN XMAX YMIN YMAX) lies outside this image"
-    result = run(image, "--mask-box", *box)
-    result.assert_refused("image.fits", f"{said} of 160 columns and 120 rows")
-
-
-def test_a_box_over_the_whole_image_is_refused(run, image):
+def test_boxes_outside_the_image_and_over_all_of_it_are_refused(run, image):
+    for box in ("160 170 0 5", "0 5 120 121"):
+        said = f"the mask box {box} (XMIN XMAX YMIN YMAX) lies outside this image of 160 columns"
+        run(image, "--mask-box", *box.split()).assert_refused("image.fits", f"{said} and 120 rows")
     run(image, "--mask-box", 0, 159, 0, 119).assert_refused("image.fits", "every pixel is masked")
 
 
 # Noise
-
-FILE = ("--err-option", "file", "--err-file")
 
 
 @pytest.mark.parametrize(
@@ -190,19 +185,11 @@ def test_the_kinds_of_noise_image_are_equivalent(
         np.testing.assert_allclose(result.catalog[name], objects[name], rtol=rtol)
 
 
-def test_noise_hdu_is_chosen_by_name(run, image, tmp_path):
-    path, sigma = tmp_path / "noise.dat", np.ones(SHAPE, np.float32)
-    hdus = [fits.ImageHDU(1e6 * sigma, name="BIG"), fits.ImageHDU(sigma, name="ERR")]
-    fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(path)
-    assert len(run(image, *FILE, path).catalog) == 0
-    assert len(run(image, *FILE, path, "--err-hdu", "ERR").catalog) >= 6
-
-
 @pytest.mark.parametrize(
     ("kind", "bad"),
     [
         *(("stddev", bad) for bad in (0, -1, np.nan, np.inf)),
-        *(("variance", bad) for bad in (0, -1, -np.inf)),
+        *(("variance", 0), ("variance", -1), ("variance", -np.inf)),
         *(("weight", bad) for bad in (0, -1, np.nan, np.inf)),
     ],
 )
@@ -250,15 +237,13 @@ def made_kernel(case, fwhm):
 
 @pytest.mark.parametrize("fwhm", [0.8, 1.5, 3.3, 50])
 def test_the_gaussian_is_that_of_its_fwhm_averaged_over_pixels(fwhm):
-    kernel, distance = made_kernel("gaussian", fwhm)
+    kernel, _ = made_kernel("gaussian", fwhm)
     side, scale = len(kernel), 2 * math.sqrt(math.log(2)) / fwhm
     edges = [math.erf(scale * (n - side / 2)) for n in range(side + 1)]
     profile = np.diff(edges) * math.sqrt(math.pi) / 2 / scale
     assert side >= 2 * fwhm
     np.testing.assert_allclose(kernel, np.outer(profile, profile), atol=3e-3)
     assert kernel.sum() == pytest.approx(math.pi * fwhm**2 / 4 / math.log(2), rel=0.01)
-    if fwhm == 50:  # it falls to half of its peak there
-        assert kernel[distance == 25] / kernel.max() == pytest.approx(0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("diameter", [1, 1.5, 2, 4.6, 50])
@@ -270,9 +255,9 @@ def test_the_tophat_has_the_area_of_its_circle(diameter):
     assert (kernel[distance > diameter / 2 + 0.71] == 0).all()
 
 
-@pytest.mark.parametrize("case", ["gaussian", "tophat"])
-def test_the_narrowest_kernel_is_fit_for_sep(case):
-    made_kernel(case, 0.01)
+def test_the_narrowest_kernels_are_fit_for_sep():
+    for case in ("gaussian", "tophat"):
+        made_kernel(case, 0.01)
 
 
 LOPSIDED = np.array([[0, 1, 2, 0, 0], [1, 3.5, 4, 1, 0], [0, 1, 1e-3, 0, -0.5]])
@@ -287,9 +272,7 @@ def savetxt(**keywords):
 KERNEL_FILES = {
     "numpy": savetxt(header="made by numpy"),
     "conv": "CONV NORM\n# 5x3 lopsided kernel\n" + savetxt(),
-    "conv not normalized": "CONV NONORM\n" + savetxt(),
-    "conv of Windows": "CONV NORM\r\n" + savetxt(newline="\r\n"),
-    "bare": savetxt(fmt="%g"),
+    "conv not normalized, of Windows": "CONV NONORM\r\n" + savetxt(newline="\r\n"),
 }
 
 
