@@ -64,7 +64,10 @@ def positions(path, plane=None):
     return pd.DataFrame({"x": x, "y": y, "ra": ra, "dec": dec})
 
 
-ELLIPSE = re.compile(r'ellipse\((.+),(.+),(.+?)("?),(.+?)("?),(.+)\) # text={(\d+)}')
+NUMBER = r"(-?\d+\.\d+(?:e-\d+)?)"
+ELLIPSE = re.compile(
+    rf'ellipse\({NUMBER},{NUMBER},{NUMBER}("?),{NUMBER}("?),{NUMBER}\) # text={{(\d+)}}'
+)
 
 
 def read_regions(path, system):
