@@ -14,13 +14,12 @@ import numpy as np
 import psutil
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from skimage.measure import label
 
 import source_extractor
 from common import SCRIPT, all_nine, call, field_of
 from contract import NINE, ONE_ERROR
 from sky import blobs, random_sources, simulate
-from source_extractor import InputError, find_sources, make_kernel, run_jobs
+from source_extractor import find_sources, make_kernel, run_jobs
 
 
 @pytest.fixture
@@ -63,19 +62,6 @@ def test_batches_of_objects_change_nothing(monkeypatch, kernel, noise, threads):
     assert (objects["flag"] & source_extractor.NEXT_TO_MASK > 0).any()
 
 
-@pytest.mark.parametrize("levels", [1, 32])
-def test_objects_stand_in_the_order_in_which_their_groups_end(levels):
-    field = field_of(crowded_sky(), clean=False, deblend_nthresh=levels)
-    objects, labels = find_sources(field)
-    groups = label(labels > 0, connectivity=2)
-    assert (groups.max() < len(objects)) == (levels > 1)
-    ends = []
-    for y, x in zip(objects["ypeak"], objects["xpeak"], strict=True):
-        rows, columns = np.nonzero(groups == groups[y, x])
-        ends.append((rows.max(), columns[rows == rows.max()].max()))
-    assert ends == sorted(ends)
-
-
 @pytest.fixture
 def sky(write):
     """Return a sky of many objects, with a trail across them and masked pixels."""
@@ -107,26 +93,6 @@ def test_jobs_come_back_in_their_order():
     assert numbers == tuple(range(20))
     assert len(set(processes)) == 3
     assert os.getpid() not in processes
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_what_a_job_raises_is_raised(threads):
-    def refuse():
-        raise InputError("no such thing")
-
-    with pytest.raises(InputError, match="no such thing"):
-        list(run_jobs([int, refuse, int], threads))
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.usefixtures("small_batches")
-def test_a_process_that_is_killed_costs_one_line(run, sky, monkeypatch):
-    def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(source_extractor, "settle_objects", die)
-    run(sky, "--threads", "2").assert_refused("killed", "--threads")
-    assert not multiprocessing.active_children()
 
 
 def processes(path):
@@ -200,14 +166,28 @@ def test_a_process_that_cannot_start_costs_one_line(run, write, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), None])
-def test_a_picture_that_is_not_drawn_costs_one_line(run, sky, monkeypatch, error):
-    def fail(*_):
-        if error:
-            raise error
-        os.kill(os.getpid(), signal.SIGKILL)
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    overlay = source_extractor.PRODUCTS["overlay"]._replace(write=fail)
-    monkeypatch.setitem(source_extractor.PRODUCTS, "overlay", overlay)
-    run(sky, "--threads", "2").assert_refused("No space left" if error else "killed")
+
+def without_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize(
+    ("work", "fault", "words"),
+    [
+        ("settle_objects", killed, ["killed", "--threads"]),
+        ("overlay", killed, ["killed", "--threads"]),
+        ("overlay", without_room, ["No space left"]),
+    ],
+)
+def test_a_process_that_fails_costs_one_line(run, sky, monkeypatch, work, fault, words):
+    if work == "overlay":
+        overlay = source_extractor.PRODUCTS[work]._replace(write=fault)
+        monkeypatch.setitem(source_extractor.PRODUCTS, work, overlay)
+    else:
+        monkeypatch.setattr(source_extractor, work, fault)
+    run(sky, "--threads", "2").assert_refused(*words)
     assert not multiprocessing.active_children()
