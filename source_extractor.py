@@ -355,8 +355,6 @@ def choose_plane(stack, plane, single_serves_all):
     rows, columns = (shape[axis] for axis in stack.image_axes)
     planes_shape = [1 if axis in stack.image_axes else n for axis, n in enumerate(shape)]
     count = math.prod(planes_shape)
-    if not math.prod(shape):
-        raise InputError(f"{name}: an image of {columns} x {rows} pixels; get a new copy")
     if count == 1 and (plane is None or single_serves_all):
         plane = 0
     if plane is None or plane >= count:

@@ -128,6 +128,7 @@ def test_the_fits_table_tells_how_it_was_made_and_what_its_columns_are(nine):
         ("Jy/arcsec2", u.Jy * u.pix / u.arcsec**2),
         ("1e-20 erg/s/cm2/arcsec2", 1e-20 * u.erg / u.s / u.cm**2 * u.pix / u.arcsec**2),
         ("adu/pixel", u.adu),
+        ("DN/pixel", u.Unit("DN")),
         ("ct/s/pix", u.ct / u.s),
         ("1/pixel", u.dimensionless_unscaled),
     ],
