@@ -9,21 +9,18 @@ RMS, segmentation and a catalogue of the same quantities:
     tool x2     the same in two
     SExtractor  if it is installed
 
-They run in turn, so that whatever else the machine does is shared fairly, and a ratio is the median
-of those of the runs of one turn. A run counts only if it wrote all its products. The first run of
-each is not timed: the memory of all its processes is read then. Prints a table for each size:
+They run in turn, and a ratio is the median of those of the runs of one turn. The first run of each
+is not timed: the memory of all its processes is read then. Prints a table for each size:
 
     seconds        of wall time, the median
     tool / it      the tool's seconds over this program's
     largest        peak resident memory of the largest process, in MB; at least 20, of this process
-    together       peak memory of all processes, each page shared out among those that hold it, in
-                   MB; sampled, hence at least the largest's; on Linux only
-    bytes a pixel  by which the peak grows with the image, from the smallest image on to one of at
-                   least 4096 x 4096
+    together       peak memory of all processes, shared pages counted once, in MB; on Linux only
+    bytes a pixel  by which the peak grows from the smallest image to one of 4096 x 4096 or more
     found          sources in the catalogue: they tell whether the work was the same
 
-A sky of 32768 x 32768 pixels and what is made of it take 20 GB of disk (TMPDIR says where). Exits
-with 1 if a program failed.
+A sky of 32768 x 32768 pixels and its products take 20 GB of disk (TMPDIR says where). Exits with 1
+if a program failed.
 """
 
 import argparse
@@ -92,9 +89,8 @@ def command(name, image, output):
 def write_sky(path, size):
     """Write a simulated sky of `size` x `size` float32 pixels; return how many sources it has.
 
-    It is written band by band, so that it may be larger than memory. The imports are here because
-    this runs in a process of its own: a command's peak memory is never less than that of the
-    process that starts it, which therefore has to stay small.
+    It may be larger than memory. The imports are here because this runs in a process of its own: a
+    command's peak memory is never less than that of the process that starts it.
     """
     import numpy as np
     from astropy.io import fits
@@ -158,10 +154,7 @@ def count_sources(directory, products):
 
 
 def compare(image, repeats):
-    """Run the programs on an image in turn; return the runs of each that never failed, by name.
-
-    Products lie beside the image, and go at once: all of a large image would fill the disk.
-    """
+    """Run the programs on an image in turn; return the runs of each that never failed, by name."""
     runs = {name: [] for name in PRODUCTS}
     output = image.with_name("products")
     for turn in range(repeats + 1):
@@ -179,10 +172,8 @@ def compare(image, repeats):
 
 def ratio(some, others):
     """Return the median of the ratios of the seconds of runs, as text."""
-    if not some:
-        return ""
-    pairs = zip(some, others, strict=True)
-    return f"{statistics.median(one.seconds / other.seconds for one, other in pairs):.2f}"
+    ratios = [a.seconds / b.seconds for a, b in zip(some, others, strict=False)]
+    return f"{statistics.median(ratios):.2f}" if ratios else ""
 
 
 def report(size, runs, smallest):
@@ -201,8 +192,7 @@ def report(size, runs, smallest):
         cells = [
             name,
             f"{statistics.median(seconds):.2f} ({min(seconds):.2f}, {max(seconds):.2f})",
-            ratio(timed.get("tool"), others),
-            ratio(timed.get("tool x2"), others),
+            *(ratio(timed.get(tool, []), others) for tool in ("tool", "tool x2")),
             f"{largest / 1e6:.0f}",
             f"{peak / 1e6:.0f}" if watched.together else "",
             f"{(peak - least) / (size**2 - first**2):.1f}" if size >= LARGE > first else "",
@@ -224,8 +214,7 @@ def main(argv=None):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 number = pool.apply(write_sky, (image, size))
             os.sync()  # or the first program's run would wait for it
-            heading = f"{size} x {size} pixels, {number} sources, {args.repeats} runs each"
-            print(f"\n{heading}\n", flush=True)
+            print(f"\n{size} x {size} pixels, {number} sources, {args.repeats} runs each\n")
             runs = compare(image, args.repeats)
             report(size, runs, smallest)
         failed |= runs.keys() != PRODUCTS.keys()

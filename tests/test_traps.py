@@ -16,6 +16,7 @@ pytestmark = [
 ]
 
 STARS = (30.3, 40.2), (80.0, 60.0), (90.0, 20.0)
+SHAPE = 100, 120
 
 
 def star(shape, x, y, height, sigma=2.0):
@@ -24,6 +25,13 @@ def star(shape, x, y, height, sigma=2.0):
 
 def nearest_in_x(objects, x):
     return objects[np.argmin(np.abs(objects["x"] - x))]
+
+
+def box(inside=1, outside=0):
+    """Return an image of `outside`, with `inside` in a box around the first star."""
+    image = np.full(SHAPE, outside, np.float32)
+    image[30:50, 20:40] = inside
+    return image
 
 
 @pytest.fixture
@@ -35,11 +43,8 @@ def white():
 @pytest.fixture
 def image(white):
     """Return three stars on noise of sigma 1, the brightest in the middle."""
-    light = sum(star((100, 120), x, y, h) for (x, y), h in zip(STARS, (40, 60, 30), strict=True))
+    light = sum(star(SHAPE, x, y, h) for (x, y), h in zip(STARS, (40, 60, 30), strict=True))
     return white[:100, :120] + light.astype(np.float32)
-
-
-# Calls that end the interpreter
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,43 @@ def test_some_calls_end_the_interpreter(call, fatal, image, tmp_path):
     assert (done.returncode < 0) == fatal
 
 
+def upright_line():
+    line = np.zeros((40, 40), np.float32)
+    line[5:30, 20] = 100
+    (found,) = sep.extract(line, 1, filter_kernel=None)
+    assert 0 < found["theta"] - np.pi / 2 < 1e-7
+    *shape, theta = ([found[name]] for name in ("x", "y", "a", "b", "theta"))
+    assert sep.sum_ellipse(line, *shape, [np.pi / 2], 3)[0] > 0
+    sep.sum_ellipse(line, *shape, theta, 3)
+
+
+def one_bad_shape(a, b):
+    sep.sum_ellipse(np.ones(SHAPE), [30, 80], [40, 60], [3, a], [2, b], [0, 0], 2.5)
+
+
+def many_peaks(size):
+    peaks = np.full((size, size), 10, np.float32)
+    peaks[:100:3, :100:3] = 60
+    sep.set_extract_pixstack(300_000)
+    sep.set_sub_object_limit(1024)
+    sep.extract(peaks, 3, minarea=1, deblend_cont=0, clean=False, filter_kernel=None)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (upright_line, "invalid aperture parameters"),
+        (lambda: one_bad_shape(2, 3), "invalid aperture parameters"),
+        (lambda: one_bad_shape(np.nan, 2), "invalid aperture parameters"),
+        (lambda: many_peaks(550), "pixel buffer full"),
+        (lambda: many_peaks(100), "deblending overflow"),
+    ],
+)
+def test_some_calls_raise(call, said):
+    with pytest.raises(Exception, match=said):
+        call()
+
+
 # Arrays
 
 
@@ -80,56 +122,46 @@ def test_nan_and_infinity_spoil_results_without_a_flag(image):
 
 
 def test_nan_in_a_mask_is_masked_for_the_background_only(image):
-    mask = np.zeros_like(image)
-    mask[30:50, 20:40] = np.nan
-    assert len(sep.extract(image, 3, mask=mask)) == 3
-    assert len(sep.extract(image, 3, mask=np.isnan(mask))) == 2
-    levels = [sep.Background(image, mask=m, bw=40, bh=50).back() for m in (mask, np.isnan(mask))]
-    assert_array_equal(*levels)
+    masks = box(np.nan), box() > 0
+    assert [len(sep.extract(image, 3, mask=mask)) for mask in masks] == [3, 2]
+    assert_array_equal(*(sep.Background(image, mask=m, bw=40, bh=50).back() for m in masks))
 
 
-def test_squares_of_large_values_overflow_and_those_of_tiny_noise_vanish(image):
+def test_numbers_overflow_vanish_or_are_rounded(image):
     tiny = image * np.float32(1e-20)
     assert len(sep.extract(tiny, 3, err=1e-20)) == 3
     assert len(sep.extract(tiny, 3, err=np.full_like(tiny, 1e-20))) == 0
+    wide = image.astype(np.float64)
+    assert sep.Background(wide + 1e7).globalrms < 0.95 * sep.Background(wide).globalrms
     image[60, 80] = 1e38
     assert np.isnan(nearest_in_x(sep.extract(image, 3), 80)["a"])
-
-
-def test_noise_on_a_pedestal_is_wrong(image):
-    true = sep.Background(image.astype(np.float64)).globalrms
-    assert sep.Background(image.astype(np.float64) + 1e7).globalrms < 0.95 * true
 
 
 # Background
 
 
-@pytest.mark.parametrize("masked", [1.0, 0.6])
-def test_where_too_much_is_masked_the_level_is_0_and_the_noise_1(white, masked):
+@pytest.mark.parametrize(
+    ("sky", "masked", "level", "global_rms", "rms"),
+    [(50, 1.0, 0, 1, 1), (50, 0.6, 0, 1, 1), (7, 0.0, 7, 1, 0)],
+)
+def test_without_enough_pixels_or_noise_the_noise_is_1(white, sky, masked, level, global_rms, rms):
     mask = np.random.default_rng(2).uniform(size=white.shape) < masked
-    background = sep.Background(white + 50, mask=mask)
-    assert (background.globalback, background.globalrms) == (0, 1)
-    assert not background.back().any()
-    assert (background.rms() == 1).all()
-
-
-def test_the_global_noise_of_a_constant_image_is_1():
-    background = sep.Background(np.full((100, 120), 7, np.float32))
-    assert (background.globalback, background.globalrms) == (7, 1)
-    assert not background.rms().any()
+    background = sep.Background(sky + white * (masked > 0), mask=mask)
+    assert (background.globalback, background.globalrms) == (level, global_rms)
+    assert (background.back() == level).all()
+    assert (background.rms() == rms).all()
 
 
 def test_the_level_of_counts_is_wrong_and_sparse_ones_hold_sources(white):
-    def level(image):
-        return sep.Background(image.astype(np.float32)).back().mean()
-
     rng = np.random.default_rng(1)
     sky, spread = 100.3 + 2 * white, rng.uniform(-0.5, 0.5, white.shape)
-    assert level(sky) == pytest.approx(100.3, abs=0.01)
-    assert level(np.rint(sky)) == pytest.approx(99.6, abs=0.05)
     few, many, sparse = (rng.poisson(rate, white.shape) for rate in (10.6, 50, 0.1))
-    assert level(few) == pytest.approx(9.3, abs=0.1)
-    assert level(many + spread) == pytest.approx(49.6, abs=0.1)
+    for image, level, error in (
+        *((sky, 100.3, 0.01), (np.rint(sky), 99.6, 0.05)),
+        *((few, 9.3, 0.1), (many + spread, 49.6, 0.1)),
+    ):
+        background = sep.Background(image.astype(np.float32))
+        assert background.back().mean() == pytest.approx(level, abs=error)
     background = sep.Background(sparse.astype(np.float32))
     residual = (sparse - background.back()).astype(np.float32)
     assert len(sep.extract(residual, 1.5, err=background.globalrms)) > 200
@@ -150,16 +182,13 @@ def test_rms_may_be_below_zero(white):
 # Detection
 
 
-def test_the_transposition_of_a_kernel_is_lost(image):
+def test_a_kernel_loses_its_transposition_and_an_even_one_shifts_sources(image):
     kernel = np.arange(9, dtype=np.float32).reshape(3, 3)
     given, turned, copied = (
         sep.extract(image, 3, filter_kernel=k)["cflux"] for k in (kernel, kernel.T, kernel.T.copy())
     )
     assert_array_equal(given, turned)
     assert (given != copied).all()
-
-
-def test_an_even_kernel_shifts_sources(image):
     for size, shift in ((2, 0.5), (3, 0)):
         objects = sep.extract(image, 3, filter_kernel=np.ones((size, size), np.float32))
         for x, y in STARS:
@@ -167,7 +196,7 @@ def test_an_even_kernel_shifts_sources(image):
             assert (found["x"] - x, found["y"] - y) == pytest.approx((shift, shift), abs=0.1)
 
 
-def test_the_first_rows_are_filtered_without_the_mask(white):
+def test_masked_pixels_are_detected_in_the_first_rows_and_objects_grow_over_them(white, image):
     mask = np.zeros(white.shape, bool)
     mask[0, 20:30] = True
     white[mask] = 1000
@@ -175,17 +204,11 @@ def test_the_first_rows_are_filtered_without_the_mask(white):
     assert found["peak"] == 1000
     white[mask] = 0
     assert len(sep.extract(white, 5, mask=mask)) == 0
-
-
-def test_pixels_and_sub_objects_run_out():
-    peaks = np.full((550, 550), 10, np.float32)
-    peaks[:100:3, :100:3] = 60
-    options = {"minarea": 1, "deblend_cont": 0, "clean": False, "filter_kernel": None}
-    sep.set_extract_pixstack(300_000)
-    sep.set_sub_object_limit(1024)
-    for image, said in ((peaks, "pixel buffer full"), (peaks[:100, :100], "deblending overflow")):
-        with pytest.raises(Exception, match=said):
-            sep.extract(image.copy(), 3, **options)
+    mask = np.zeros(SHAPE, bool)
+    mask[60, 78:83] = True
+    objects, labels = sep.extract(image, 3, mask=mask, segmentation_map=True)
+    assert labels[mask].all()
+    assert nearest_in_x(objects, 80)["npix"] == np.sum(labels == labels[60, 80])
 
 
 def test_a_matched_filter_goes_deeper(image, white):
@@ -198,11 +221,8 @@ def test_a_matched_filter_goes_deeper(image, white):
 
 
 def test_noise_of_0_or_less_is_taken(image):
-    ones, signs, gap = np.ones((3, *image.shape), np.float32)
-    signs[30:50, 20:40] = -1
-    gap[30:50, 20:40] = 0
-    squared, positive = (sep.extract(image, 3, err=err)["npix"] for err in (signs, ones))
-    assert_array_equal(squared, positive)
+    ones, signs, gap = np.ones_like(image), box(-1, 1), box(0, 1)
+    assert_array_equal(*(sep.extract(image, 3, err=err)["npix"] for err in (signs, ones)))
     found = (sep.extract(image, 3, err=err, filter_type="conv") for err in (ones, gap))
     all_good, with_gap = (nearest_in_x(objects, 30)["npix"] for objects in found)
     assert with_gap > 2 * all_good
@@ -218,14 +238,6 @@ def test_real_stars_are_cleaned_away_with_noise_as_an_array():
         assert len(sep.extract(field, thresh, err=err, clean=clean)) == count
 
 
-def test_objects_grow_over_masked_pixels(image):
-    mask = np.zeros(image.shape, bool)
-    mask[60, 78:83] = True
-    objects, labels = sep.extract(image, 3, mask=mask, segmentation_map=True)
-    assert labels[mask].all()
-    assert nearest_in_x(objects, 80)["npix"] == np.sum(labels == labels[60, 80])
-
-
 def test_cleaning_depends_on_how_the_image_lies(white):
     def places(image, x, y, clean):
         objects = sep.extract(image, 0.8, filter_kernel=None, deblend_nthresh=1, clean=clean)
@@ -237,44 +249,29 @@ def test_cleaning_depends_on_how_the_image_lies(white):
         assert (upright == turned) != clean
 
 
+def test_faint_pixels_of_a_blend_are_assigned_at_random_in_each_call():
+    shape = 80, 70
+    blend = star(shape, 30, 40, 400) + star(shape, 38, 40, 300)
+    image = np.tile(blend, (2, 1)).astype(np.float32)
+    both, alone = (sep.extract(part, 0.5, segmentation_map=True)[1] for part in (image, image[:80]))
+    first, second = np.split(both, 2)
+    assert first.max() == 2
+    assert (first == alone).all()
+    assert (first > 0).tolist() == (second > 0).tolist()
+    assert (first != second - 2 * (second > 0)).any()
+
+
 # Apertures and positions
 
 
-def test_an_angle_of_its_own_is_refused():
-    line = np.zeros((40, 40), np.float32)
-    line[5:30, 20] = 100
-    (found,) = sep.extract(line, 1, filter_kernel=None)
-    x, y, a, b, theta = (np.array([found[name]]) for name in ("x", "y", "a", "b", "theta"))
-    assert 0 < theta[0] - np.pi / 2 < 1e-7
-    with pytest.raises(Exception, match="invalid aperture parameters"):
-        sep.sum_ellipse(line, x, y, a, b, theta, 3)
-    assert sep.sum_ellipse(line, x, y, a, b, [np.pi / 2], 3)[0] > 0
+def test_a_mask_beside_labels_scales_sums_up_and_large_labels_are_confused(image):
+    def flux(left, right, **mask):
+        labels = np.tile(np.where(np.arange(120) < 33, left, right).astype(np.int32), (100, 1))
+        return sep.sum_circle(image, [30], [40], 8, segmap=labels, seg_id=[left], **mask)[0]
 
-
-@pytest.mark.parametrize(("a", "b"), [(2, 3), (np.nan, 2)])
-def test_one_bad_shape_refuses_all(image, a, b):
-    with pytest.raises(Exception, match="invalid aperture parameters"):
-        sep.sum_ellipse(image, [30, 80], [40, 60], [3, a], [2, b], [0, 0], 2.5)
-
-
-def test_a_mask_scales_sums_up_for_neighbours(image):
-    image += star(image.shape, 38, 40, 50)
-    objects, labels = sep.extract(image, 3, segmentation_map=True)
-    left = int(np.argmin(np.hypot(objects["x"] - 30.3, objects["y"] - 40.2)))
-    others = {"segmap": labels, "seg_id": [left + 1]}
-    flux = sep.sum_circle(image, [30.3], [40.2], 8, **others)[0]
-    nothing = np.zeros(image.shape, bool)
-    assert sep.sum_circle(image, [30.3], [40.2], 8, mask=nothing, **others)[0] > 1.1 * flux
-
-
-def test_large_labels_are_confused(image):
-    def measure(left, right):
-        labels = np.where(np.arange(image.shape[1]) < 33, left, right).astype(np.int32)
-        labels = np.broadcast_to(labels, image.shape).copy()
-        return sep.sum_circle(image, [30], [40], 8, segmap=labels, seg_id=[left])
-
-    assert measure(2**24, 2**24 + 1)[0] == sep.sum_circle(image, [30], [40], 8)[0]
-    assert measure(1, 2)[0] == measure(2**24, 2**30)[0] < 0.95 * measure(2**24, 2**24 + 1)[0]
+    assert flux(1, 2, mask=np.zeros(SHAPE, bool)) > 1.1 * flux(1, 2)
+    assert flux(2**24, 2**24 + 1) == sep.sum_circle(image, [30], [40], 8)[0]
+    assert flux(1, 2) == flux(2**24, 2**30) < 0.95 * flux(2**24, 2**24 + 1)
 
 
 def test_fluxes_and_radii_that_are_not_known_have_a_value(image, white):
@@ -295,15 +292,3 @@ def test_windowed_positions_move_to_a_brighter_neighbour(image):
     x, _, flag = sep.winpos(image, [30.3], [40.2], [2.5])
     assert x == pytest.approx(38, abs=0.1)
     assert flag == 0
-
-
-def test_faint_pixels_of_a_blend_are_assigned_at_random_in_each_call():
-    shape = 80, 70
-    blend = star(shape, 30, 40, 400) + star(shape, 38, 40, 300)
-    image = np.tile(blend, (2, 1)).astype(np.float32)
-    both, alone = (sep.extract(part, 0.5, segmentation_map=True)[1] for part in (image, image[:80]))
-    first, second = np.split(both, 2)
-    assert first.max() == 2
-    assert (first == alone).all()
-    assert (first > 0).tolist() == (second > 0).tolist()
-    assert (first != second - 2 * (second > 0)).any()

@@ -4,12 +4,10 @@
 
 Makes images for each case (only those with one of the words in their names), runs the tool and,
 where it is installed, SExtractor on them, and prints a Markdown table. Exits with 1 if a value of
-the tool is beyond its limits; such cells end with an exclamation mark.
-
-Values for several distances, widths or rates stand in one cell, divided by strokes. A source and a
-detection are the same if they are each other's nearest, within 2 pixels: "found" is the part of the
-sources for which there is one, "spurious" the number of the other detections. "Warned" is 1 if the
-tool's warnings name the option that helps.
+the tool is beyond its limits; such cells end with an exclamation mark. A source and a detection are
+the same if they are each other's nearest, within 2 pixels: "found" is the part of the sources for
+which there is one, "spurious" the number of the other detections. "Warned" is 1 if the tool's
+warnings name the option that helps.
 """
 
 import argparse
@@ -69,8 +67,6 @@ NAMES |= {"flux_auto": "FLUX_AUTO", "flux_aper_4": "FLUX_APER"}
 
 
 class Run(NamedTuple):
-    """What one run of the tool makes of an image, and its warnings."""
-
     catalog: pd.DataFrame
     images: dict
     warnings: str
@@ -88,16 +84,14 @@ def tool(image, *options, mask=None):
     with tempfile.TemporaryDirectory() as directory, redirect_stderr(err):
         work = Path(directory)
         fits.writeto(work / "image.fits", image)
+        options += ("-o", work, "--subtracted", work / "subtracted.fits")
         if mask is not None:
             fits.writeto(work / "mask.fits", mask.astype(np.uint8))
             options += ("--mask", work / "mask.fits")
-        options += ("-o", work, "--subtracted", work / "subtracted.fits")
         with redirect_stdout(io.StringIO()):
             source_extractor.main([str(work / "image.fits"), *map(str, options)])
-        catalog = pd.read_csv(work / "catalog.tsv", sep="\t")
         images = {path.stem: fits.getdata(path) for path in work.glob("*.fits")}
-    native = {name: data.astype(data.dtype.newbyteorder("=")) for name, data in images.items()}
-    return Run(catalog, native, err.getvalue())
+        return Run(pd.read_csv(work / "catalog.tsv", sep="\t"), images, err.getvalue())
 
 
 def sextract_both(image, bad=None, **settings):
@@ -106,10 +100,6 @@ def sextract_both(image, bad=None, **settings):
     catalog, rest = sextract(NAMES, image, weight=weight, PHOT_APERTURES=4, **settings)
     catalog["errthetawin"] = np.radians(catalog["errthetawin"])
     return catalog, rest
-
-
-def sextracted(image, **keywords):
-    return sextract_both(image, **keywords)[0]
 
 
 # Skies, and what is measured on them
@@ -130,8 +120,7 @@ def star_field(shape, spacing, snr, seed):
 
 def found(catalog, truth, where=True):
     """Return the percentage of the true sources that are found, of those `where` it is True."""
-    seen = np.zeros(len(truth), bool)
-    seen[match(catalog, truth, RADIUS)[1]] = True
+    seen = np.isin(np.arange(len(truth)), match(catalog, truth, RADIUS)[1])
     return 100 * np.mean(seen[np.broadcast_to(where, len(truth))])
 
 
@@ -143,9 +132,9 @@ def spurious(catalog, truth):
 def brightest_near(catalog, x, y, radius):
     """Return for each place the brightest detection within `radius` pixels; nan for none."""
     ranked = catalog.sort_values("flux_auto", ascending=False)
-    near = (np.hypot(ranked["x"] - a, ranked["y"] - b) < radius for a, b in zip(x, y, strict=True))
-    rows = [where.idxmax() if where.any() else -1 for where in near]
-    return ranked.reindex(rows).reset_index(drop=True)
+    distance = np.hypot(*(ranked[[name]].to_numpy() - at for name, at in (("x", x), ("y", y))))
+    first = np.where((distance < radius).any(axis=0), (distance < radius).argmax(axis=0), -1)
+    return ranked.reset_index(drop=True).reindex(first).reset_index(drop=True)
 
 
 def sum_in_circle(image, x, y, radius):
@@ -165,7 +154,6 @@ CASES = {}
 
 
 def case(name):
-    """Put a function of a seed into the table of cases."""
     return lambda function: CASES.setdefault(name, function)
 
 
@@ -175,13 +163,13 @@ def faint_beside_bright(seed):
     x, y = grid_positions(shape, 80, seed=seed)
     distance, angle = np.resize(distances, len(x)), np.random.default_rng(seed).random(len(x)) * pi
     at = x + distance * np.cos(angle), y + distance * np.sin(angle)
-    sources = [stars(*at, star_flux(15), fwhm=FWHM), stars(x, y, star_flux(100), fwhm=FWHM)]
+    sources = stars(*at, star_flux(15), fwhm=FWHM), stars(x, y, star_flux(100), fwhm=FWHM)
     image, truth = simulate(shape, vstack(sources), seed=seed, level=100.0)
     where = [np.append(distance == d, np.zeros(len(x), bool)) for d in distances]
     # The noise of the filtered image is 6/16 of that of the image.
     yield from compared(
         tool(image, "--err-option", "array_rms", "--thresh", 4).catalog,
-        lambda: sextracted(image, DETECT_THRESH=4 * 6 / 16),
+        lambda: sextract_both(image, DETECT_THRESH=4 * 6 / 16)[0],
         (
             f"found, %, {written(distances)} pixels from the bright star",
             (99, inf),
@@ -214,19 +202,21 @@ def bad_columns(seed):
         first = 64 * number + 32 + off - columns // 2
         bad[:, first : first + columns] = True
     image = np.where(bad, np.float32(BAD_VALUE), whole)
-    parts = [(width == w) & (offset == 0) & (fwhm == 3) for w in widths]
+
+    def medians(values):
+        return [values[(width == w) & (offset == 0) & (fwhm == 3)].median() for w in widths]
 
     def flux_ratio(catalogs):
-        near, before = (brightest_near(catalog, x, y, 10)["flux_auto"] for catalog in catalogs)
-        return [(near / before)[part].median() for part in parts]
+        near, before = (brightest_near(catalog, x, y, 10) for catalog in catalogs)
+        return medians(near["flux_auto"] / before["flux_auto"])
 
     def distance(catalogs):
         near = brightest_near(catalogs[0], x, y, 10)
-        return [np.hypot(near["x"] - x, near["y"] - y)[part].median() for part in parts]
+        return medians(np.hypot(near["x"] - x, near["y"] - y))
 
     yield from compared(
         (tool(image, mask=bad).catalog, tool(whole).catalog),
-        lambda: (sextracted(image, bad=bad), sextracted(whole)),
+        lambda: (sextract_both(image, bad=bad)[0], sextract_both(whole)[0]),
         ("`flux_auto` over that without the gap, 1 / 2 / 3 columns", (0.98, 1.02), flux_ratio),
         ("error of the position, pixels, 1 / 2 / 3 columns", (0, 0.1), distance),
     )
@@ -251,7 +241,7 @@ def padded_mosaic(seed):
     ):
         yield from compared(
             run.catalog,
-            lambda bad=bad: sextracted(zeros, bad=bad),
+            lambda bad=bad: sextract_both(zeros, bad=bad)[0],
             (f"found, %, {name}", (least, inf), lambda catalog: found(catalog, truth, whole)),
             (f"spurious, {name}", (-inf, most), lambda catalog: spurious(catalog, truth)),
         )
@@ -279,7 +269,7 @@ def counts(seed):
     runs = [tool(sky) for sky in skies]
     yield from compared(
         [run.catalog for run in runs],
-        lambda: [sextracted(sky) for sky in skies],
+        lambda: [sextract_both(sky)[0] for sky in skies],
         (f"spurious, empty sky of {written(rates)} a pixel", ANY, lambda some: [*map(len, some)]),
     )
     yield row("warned of them", (1, 1), ["--err-option none" in run.warnings for run in runs])
@@ -297,15 +287,14 @@ def large_objects(seed):
         40 / (1 + np.exp((np.hypot(columns - left, rows - low) - 75) / 3))
         for left, low in zip(x, y, strict=True)
     )
-    noise = np.random.default_rng(seed).normal(100, 1, shape)
-    image = (noise + cells).astype(np.float32)
+    image = (np.random.default_rng(seed).normal(100, 1, shape) + cells).astype(np.float32)
 
     def lost(catalog):
         flux = brightest_near(catalog, x, y, 75)["flux_auto"].fillna(0)
         return 100 * np.max(1 - flux / (cells.sum() / len(x)))
 
     run = tool(image)
-    yield from compared(run.catalog, lambda: sextracted(image), ("flux lost, %", ANY, lost))
+    yield from compared(run.catalog, lambda: sextract_both(image)[0], ("flux lost, %", ANY, lost))
     yield row("warned", (1, 1), "--bw" in run.warnings)
     better = lost(tool(image, *run.advised("--bw")).catalog)
     yield row("flux lost, %, with the options that it advises", (-inf, 10), better)
@@ -328,8 +317,8 @@ def apertures_and_errors(seed):
 
     def windowed_pull(result):
         catalog, true = pair(result[0], truth[snr > 10])
-        a, b, theta = (catalog[f"err{name}win"] for name in ("a", "b", "theta"))
-        cos, sin = np.cos(theta), np.sin(theta)
+        a, b = catalog["errawin"], catalog["errbwin"]
+        cos, sin = np.cos(catalog["errthetawin"]), np.sin(catalog["errthetawin"])
         errors = np.hypot(a * cos, b * sin), np.hypot(a * sin, b * cos)
         gaps = catalog["xwin"] - true["x"], catalog["ywin"] - true["y"]
         return spread(np.divide(gaps, errors))
@@ -348,17 +337,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("words", nargs="*", metavar="WORD", help="only cases named like this")
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args(argv)
-    good = True
+    args, good = parser.parse_args(argv), True
     print(row_of("case", "measured", "limits", "tool", "SExtractor"))
     print("|---|---|---:|---:|---:|")
     for name, rows_of in CASES.items():
-        if args.words and not any(word in name for word in args.words):
-            continue
-        for number, (within, cells) in enumerate(rows_of(args.seed)):
-            good &= within
-            print(row_of("" if number else name, *cells), flush=True)
-    return 0 if good else 1
+        if not args.words or any(word in name for word in args.words):
+            for number, (within, cells) in enumerate(rows_of(args.seed)):
+                good &= within
+                print(row_of("" if number else name, *cells), flush=True)
+    return int(not good)
 
 
 if __name__ == "__main__":
