@@ -72,8 +72,8 @@ def start_code(code, *arguments, **keywords):
 
 
 def start_python(*arguments, **keywords):
-    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | keywords
-    return subprocess.run([sys.executable, *arguments], check=False, timeout=60, **keywords)
+    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 60} | keywords
+    return subprocess.run([sys.executable, *arguments], check=False, text=True, **keywords)
 
 
 def all_nine(directory):

@@ -7,7 +7,6 @@ Needs Debian's packages `chromium` and `chromium-driver`.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import time
@@ -30,16 +29,13 @@ from selenium.webdriver.support.wait import WebDriverWait
 from galaxy import ROOT, Galaxy, Outcome, report, running_galaxy
 
 TOOL_ID = "source_extractor"
-SCRIPT = ROOT / "source_extractor.py"
 IMAGE = ROOT / "test-data" / "sky.fits"
-WIDTH, HEIGHT = 1400, 1100
-HEIGHT_OF_FORM = 5000
+WIDTH, HEIGHT, HEIGHT_OF_FORM = 1400, 1100, 5000
 TIMEOUT = 60
-JOB_TIMEOUT = 300
+JOB = {"maxwait": 300, "interval": 0.5}
 
 # The page's parts, as CSS selectors.
-MIDDLE = "#center"
-PANEL = "#center > .overflow-auto"
+MIDDLE, PANEL = "#center", "#center > .overflow-auto"
 RUN = "#center #execute"
 READY = f"{RUN}:not(.g-disabled)"
 FOLDED = "#center .portlet-header:has(+ .portlet-content[style*='display: none'])"
@@ -48,41 +44,27 @@ FIELD_ID = "form-element-"
 FIELD, FIELDS = f"#center [id='{FIELD_ID}{{}}']", f"#center [id^='{FIELD_ID}']"
 REFUSED = ".alert"
 SELECT, SELECTED, OPTION = ".multiselect", "[data-selected-value]", "[data-option-value='{}']"
-SWITCH, SWITCH_LABEL = "input[type=checkbox]", ".custom-control-label"
-TYPED = "input.ui-input"
+SWITCH, SWITCH_LABEL, TYPED = "input[type=checkbox]", ".custom-control-label", "input.ui-input"
 PICTURE = "#center img"
 STARTED = "#center .donemessagelarge a[href^='/jobs/']"
-DATASET = "#dataset-{}[data-state=ok]"
-RUN_AGAIN = ".rerun-btn"
-PEEK = ".dataset-peek"
-PREVIEW, CELL = "#center .image-wrapper img", "#center .dataset-display tbody td"
+DATASET, RUN_AGAIN, PEEK = "#dataset-{}[data-state=ok]", ".rerun-btn", ".dataset-peek"
+PREVIEW = "#center .image-wrapper img"
 
 # What to set in the form, at least one field of each kind, and the same for a shell. A whole
 # number in a field for fractions is shown as 2.0 when the form is opened again.
-RECTANGLES = ("4", "140", "215", "351"), ("232", "351", "12", "130")
 SIDES = "xmin", "xmax", "ymin", "ymax"
+PLACES = {0: ("4", "140", "215", "351"), 1: ("232", "351", "12", "130")}
 SETTINGS = {
-    "thresh": "2.0",
-    **{
-        f"masking|mask_box_{number}|{side}": place
-        for number, rectangle in enumerate(RECTANGLES)
-        for side, place in zip(SIDES, rectangle, strict=True)
-    },
-    "mesh|background_passes": "2",
-    "detection|gain": "4.5",
-    "filtering|kernel|filter_case": "gaussian",
-    "filtering|kernel|filter_fwhm": "3.5",
-    "deblending|clean": False,
-    "photometry|aperture_diameters": "5 10",
+    **{f"masking|mask_box_{k}|{SIDES[i]}": PLACES[k][i] for k in PLACES for i in range(4)},
+    **{"thresh": "2.0", "mesh|background_passes": "2", "detection|gain": "4.5"},
+    **{"filtering|kernel|filter_case": "gaussian", "filtering|kernel|filter_fwhm": "3.5"},
+    **{"deblending|clean": False, "photometry|aperture_diameters": "5 10"},
     "outputs|regions": True,
 }
-OPTIONS = (
-    *("--thresh", "2"),
-    *(word for rectangle in RECTANGLES for word in ("--mask-box", *rectangle)),
-    *("--background-passes", "2", "--gain", "4.5"),
-    *("--filter-case", "gaussian", "--filter-fwhm", "3.5", "--no-clean"),
-    *("--aperture-diameters", "5", "10", "--regions", "regions.reg"),
-)
+OPTIONS = """
+--thresh 2 --mask-box 4 140 215 351 --mask-box 232 351 12 130 --background-passes 2 --gain 4.5
+--filter-case gaussian --filter-fwhm 3.5 --no-clean --aperture-diameters 5 10 --regions regions.reg
+"""
 PRODUCTS = ("catalog.tsv", "regions.reg", "segmentation.fits", "background.fits", "rms.fits")
 
 
@@ -91,25 +73,15 @@ def browser() -> Iterator[Chrome]:
     """Start headless Chromium with a profile of its own, and close it at the end."""
     with TemporaryDirectory(prefix="chromium-") as profile:
         options = ChromeOptions()
-        options.binary_location = _installed("chromium")
+        options.binary_location = "/usr/bin/chromium"
         for argument in (
             *("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run"),
             *("disable-quic", "disable-background-networking", "disable-component-update"),
             *("disable-sync", f"user-data-dir={profile}"),
         ):
             options.add_argument(f"--{argument}")
-        driver = Chrome(options, ChromeService(_installed("chromedriver")))
-        try:
+        with Chrome(options, ChromeService("/usr/bin/chromedriver")) as driver:
             yield driver
-        finally:
-            driver.quit()
-
-
-def _installed(program: str) -> str:
-    path = shutil.which(program)
-    if path is None:
-        sys.exit(f"browser.py: error: {program} is not installed")
-    return path
 
 
 def check(galaxy: Galaxy, driver: Chrome) -> Iterator[Outcome]:
@@ -169,7 +141,7 @@ def _history_with_image(user: GalaxyInstance) -> tuple[str, str]:
     """Make a history, upload an image, and return the ids of both."""
     history = user.histories.create_history("Extract sources")["id"]
     uploaded = user.tools.upload_file(str(IMAGE), history)["outputs"][0]["id"]
-    user.datasets.wait_for_dataset(uploaded, maxwait=JOB_TIMEOUT, interval=0.5)
+    user.datasets.wait_for_dataset(uploaded, **JOB)
     return history, uploaded
 
 
@@ -217,20 +189,19 @@ def _fill_in(driver: Chrome, settings: Mapping[str, str | bool]) -> None:
 
 def _pictures_not_shown(driver: Chrome) -> list[str]:
     pictures = driver.find_elements(By.CSS_SELECTOR, PICTURE)
-    if not pictures:
-        return ["there is none"]
     WebDriverWait(driver, TIMEOUT).until(
         lambda _: all(picture.get_property("complete") for picture in pictures),
         "the page does not finish loading its pictures",
     )
     hidden = (picture for picture in pictures if picture.get_property("naturalWidth") == 0)
-    return [f"{picture.get_attribute('alt')}: not shown" for picture in hidden]
+    found = [f"{picture.get_attribute('alt')}: not shown" for picture in hidden]
+    return found if pictures else ["there is none"]
 
 
 def _started_job(driver: Chrome, user: GalaxyInstance) -> dict:
     """Wait for the job that the page says it has started, and return its details."""
     job = _find(driver, STARTED).get_attribute("href").split("/")[-2]
-    user.jobs.wait_for_job(job, maxwait=JOB_TIMEOUT, interval=0.5, check=False)
+    user.jobs.wait_for_job(job, **JOB, check=False)
     return user.jobs.show_job(job, full_details=True)
 
 
@@ -240,9 +211,9 @@ def _failure(job: dict) -> list[str]:
 
 def _compare_with_shell(user: GalaxyInstance, job: dict, directory: Path) -> Iterator[tuple]:
     """Run the script with the options of the form; yield each product's name, and if it agrees."""
-    command = [sys.executable, SCRIPT, IMAGE, *OPTIONS, "--quiet"]
+    command = [sys.executable, ROOT / "source_extractor.py", IMAGE, *OPTIONS.split(), "--quiet"]
     subprocess.run(command, cwd=directory, check=True)
-    keywords = {"use_default_filename": False, "maxwait": JOB_TIMEOUT}
+    keywords = {"use_default_filename": False, "maxwait": JOB["maxwait"]}
     for name in PRODUCTS:
         theirs, ours, product = directory / f"galaxy-{name}", directory / name, Path(name).stem
         user.datasets.download_dataset(job["outputs"][product]["id"], str(theirs), **keywords)
@@ -261,22 +232,16 @@ def _differences(found: Mapping, expected: Mapping) -> list[str]:
 
 
 def take_pictures(galaxy: Galaxy, driver: Chrome, directory: Path) -> None:
-    """Take pictures of the form, and of what a run of the tool leaves in the history.
-
-    They are `form.png` and `form-open.png` with sections folded and unfolded, `history.png` with
-    the overlay beside the history, and `catalog.png` with the table.
-    """
+    """Take pictures of the form, and of the history after a run, with the overlay beside it."""
     user = GalaxyInstance(galaxy.url, galaxy.user_key)
     history, uploaded = _history_with_image(user)
     _open_form(galaxy, driver, history)
     _picture_panel(driver, directory / "form.png")
-    _unfold(driver)
-    _picture_panel(driver, directory / "form-open.png")
 
     run = user.tools.run_tool(history, TOOL_ID, {"image": {"src": "hda", "id": uploaded}})
     outputs = {output["output_name"]: output["id"] for output in run["outputs"]}
     for output in outputs.values():
-        user.datasets.wait_for_dataset(output, maxwait=JOB_TIMEOUT, interval=0.5)
+        user.datasets.wait_for_dataset(output, **JOB)
 
     driver.set_window_size(WIDTH, HEIGHT)
     driver.get(f"{galaxy.url}/datasets/{outputs['overlay']}/preview")
@@ -285,9 +250,6 @@ def take_pictures(galaxy: Galaxy, driver: Chrome, directory: Path) -> None:
     _find(driver, catalog).click()
     _find(driver, f"{catalog} {PEEK}")
     driver.save_screenshot(directory / "history.png")
-    driver.get(f"{galaxy.url}/datasets/{outputs['catalog']}/preview")
-    _find(driver, CELL)
-    driver.save_screenshot(directory / "catalog.png")
 
 
 def _find(driver: Chrome, selector: str) -> WebElement:
@@ -304,13 +266,11 @@ def _picture_panel(driver: Chrome, path: Path) -> None:
     panel.screenshot(str(path))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Start a Galaxy, check the form, and take the pictures if a directory is given."""
     parser = argparse.ArgumentParser(description="Use the tool in Galaxy with a browser.")
-    text = "where pictures of it go"
-    parser.add_argument("directory", type=Path, nargs="?", metavar="OUTDIR", help=text)
-    args = parser.parse_args(argv)
-
+    parser.add_argument("directory", type=Path, nargs="?", metavar="OUTDIR", help="for pictures")
+    args = parser.parse_args()
     with browser() as driver, running_galaxy() as galaxy:
         if args.directory:
             args.directory.mkdir(parents=True, exist_ok=True)

@@ -38,10 +38,8 @@ def fits_of(*hdus):
 def corpus_of_fits():
     image, primary = stars(), fits.PrimaryHDU
     single = image.astype("f4")
-    files = {
-        f"{dtype}.fits": fits_of(primary(image.astype(dtype)))
-        for dtype in ("u1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
-    }
+    dtypes = "u1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8"
+    files = {f"{dtype}.fits": fits_of(primary(image.astype(dtype))) for dtype in dtypes}
     scaled = primary(single)
     scaled.scale("int16", bscale=0.01, bzero=30)
     scaled.header["BLANK"] = -32768
@@ -66,20 +64,14 @@ def corpus_of_fits():
 
 def corpus_of_tiff():
     image = stars()
-    files = {
-        f"{dtype}.tif": tiff_bytes(image.astype(dtype))
-        for dtype in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
-    }
+    dtypes = "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"
+    files = {f"{dtype}.tif": tiff_bytes(image.astype(dtype)) for dtype in dtypes}
     for kind in ("zlib", "lzw", "packbits", "zstd", "lzma", "lerc", "png", "jpeg", "jpeg2000"):
         for dtype in ("u1", "u2", "f4"):
             if dtype == "u1" or (dtype == "u2" and kind != "jpeg") or kind[0] in "zl":
                 files[f"{kind}-{dtype}.tif"] = tiff_bytes(image.astype(dtype), compression=kind)
-    layouts = {
-        "big": {"bigtiff": True},
-        "motorola": {"byteorder": ">"},
-        "strips": {"rowsperstrip": 3},
-    }
-    layouts["white"] = {"photometric": "miniswhite"}
+    layouts = {"big": {"bigtiff": True}, "motorola": {"byteorder": ">"}}
+    layouts |= {"strips": {"rowsperstrip": 3}, "white": {"photometric": "miniswhite"}}
     layouts["tiled"] = {"tile": (16, 16), "compression": "zlib", "predictor": True}
     for name, layout in layouts.items():
         files[f"{name}.tif"] = tiff_bytes(image.astype("u2"), **layout)
@@ -97,37 +89,38 @@ def corpus_of_tiff():
 
 def corpus_of_oddities():
     """Return files of few or odd pixels, and files that hold no image."""
-    files, top = {}, np.finfo("f8").max
+    files, images, spots, top = {}, {}, stars(), np.finfo("f8").max
     for shape in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 50), (50, 1), (3, 3)):
-        files[f"{shape}.fits"] = fits_of(fits.PrimaryHDU(stars((99, 99))[: shape[0], : shape[1]]))
-        files[f"{shape}.tif"] = tiff_bytes(stars((99, 99))[: shape[0], : shape[1]])
-    spots = stars()
+        few = stars((99, 99))[: shape[0], : shape[1]]
+        files |= {f"{shape}.fits": fits_of(fits.PrimaryHDU(few)), f"{shape}.tif": tiff_bytes(few)}
     for name, value in {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "top": top}.items():
-        some = spots.copy()
-        some[5:9, 7:30] = value
-        files[f"some {name}.fits"] = fits_of(fits.PrimaryHDU(some))
-        files[f"all {name}.fits"] = fits_of(fits.PrimaryHDU(np.full((20, 20), value)))
+        images[f"some {name}"] = spots.copy()
+        images[f"some {name}"][5:9, 7:30] = value
+        images[f"all {name}"] = np.full((20, 20), value)
     for name, scale in {"tiny": 1e-320, "small": 1e-300, "large": 1e300, "deep": 1e-30}.items():
-        files[f"{name}.fits"] = fits_of(fits.PrimaryHDU(spots * scale))
-    files["ends.fits"] = fits_of(fits.PrimaryHDU(np.where(spots > 40, 1e300, -1e300)))
-    files["constant.fits"] = fits_of(fits.PrimaryHDU(np.ones((30, 30))))
+        images[name] = spots * scale
+    images["ends"] = np.where(spots > 40, 1e300, -1e300)
+    images["constant"] = np.ones((30, 30))
+    files |= {f"{name}.fits": fits_of(fits.PrimaryHDU(data)) for name, data in images.items()}
     for dtype in ("i8", "u8"):
         limits = np.iinfo(dtype)
         ends = np.where(spots > 40, limits.max, limits.min).astype(dtype)
         files[f"ends-{dtype}.fits"] = fits_of(fits.PrimaryHDU(ends))
         files[f"ends-{dtype}.tif"] = tiff_bytes(ends)
-    files["complex.tif"] = tiff_bytes(spots.astype("c8"))
     table = Table({"x": np.arange(9.0), "z": np.arange(9) * 1j, "b": np.arange(9) > 4})
-    files["events.fits"] = fits_of(fits.PrimaryHDU(), fits.BinTableHDU(table))
-    files["no data.fits"] = fits_of(fits.PrimaryHDU())
-    files["empty"], files["text"] = b"", b"x y flux\n1 2 3\n" * 99
-    files["hdf5"], files["pdf"] = b"\x89HDF\r\n\x1a\n" + bytes(2000), b"%PDF-1.7\n" + bytes(999)
-    files["png"] = pillow_bytes(spots.astype("u1"), format="PNG")
-    files["gzip of nothing.gz"], files["gzip of text.gz"] = gzip.compress(b""), gzip.compress(b"a")
-    files["page.fits"] = b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n"
-    files["archive.fits"] = b"PK\x03\x04\x14\0\0\0\x08\0" + bytes(2000)
-    files["tiff.fits"], files["fits.tif"] = files["complex.tif"], files["constant.fits"]
-    return files
+    complex_tiff = tiff_bytes(spots.astype("c8"))
+    return files | {
+        "complex.tif": complex_tiff,
+        "events.fits": fits_of(fits.PrimaryHDU(), fits.BinTableHDU(table)),
+        "no data.fits": fits_of(fits.PrimaryHDU()),
+        **{"empty": b"", "text": b"x y flux\n1 2 3\n" * 99},
+        **{"hdf5": b"\x89HDF\r\n\x1a\n" + bytes(2000), "pdf": b"%PDF-1.7\n" + bytes(999)},
+        "png": pillow_bytes(spots.astype("u1"), format="PNG"),
+        **{"gzip of nothing.gz": gzip.compress(b""), "gzip of text.gz": gzip.compress(b"a")},
+        "page.fits": b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n",
+        "archive.fits": b"PK\x03\x04\x14\0\0\0\x08\0" + bytes(2000),
+        **{"tiff.fits": complex_tiff, "fits.tif": files["constant.fits"]},
+    }
 
 
 def crafted_files():
@@ -142,9 +135,9 @@ def crafted_files():
     with tifffile.TiffFile(io.BytesIO(tiff_bytes(spots, ome=True))) as tiff:
         lie = re.sub('(SizeZ|PlaneCount)="1"', r'\1="1000000000"', tiff.ome_metadata)
     files["planes.ome.tif"] = tiff_bytes(spots, description=lie, metadata=None)
-    sip = {"A_ORDER": 30_000, "B_ORDER": 30_000, "A_2_0": 1e-9}
-    distortion = fits.Header({"CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP"} | sip)
-    files["distortion.fits"] = fits_of(fits.PrimaryHDU(spots, distortion))
+    sip = {"CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP"}
+    sip |= {"A_ORDER": 30_000, "B_ORDER": 30_000, "A_2_0": 1e-9}
+    files["distortion.fits"] = fits_of(fits.PrimaryHDU(spots, fits.Header(sip)))
     return files
 
 
@@ -176,8 +169,7 @@ def move_blocks(content, rng):
     """Return the content with a piece of it removed, repeated, or put elsewhere."""
     unit = rng.choice((1, 80, 2880))
     first, last, place = sorted(rng.randrange(len(content) + 1) // unit * unit for _ in range(3))
-    piece = content[first:last]
-    without = content[:first] + content[last:]
+    piece, without = content[first:last], content[:first] + content[last:]
     return rng.choice((without, content[:place] + piece + content[place:], without + piece))
 
 
@@ -199,13 +191,13 @@ HISTORY CONTINUE LATPOLE EQUINOX
 """
 
 
-def lie_in_header(content, rng, lies=LIES):
+def lie_in_header(content, rng, giant=False):
     """Change cards of any header of a FITS file."""
     spoilt = bytearray(content)
     is_card = re.compile(rb"[A-Z0-9_-]{1,8} *=? ").match
     for _ in range(rng.choice((1, 1, 2, 5))):
         cards = [at for at in range(0, len(spoilt) - 79, 80) if is_card(spoilt, at)]
-        key, lie = rng.choice(KEYS.split()), rng.choice(lies)
+        key, lie = rng.choice(KEYS.split()), rng.choice(GIANT_LIES if giant else LIES)
         own = [at for at in cards if spoilt[at : at + 8].rstrip() == key.encode()]
         at = rng.choice(own or cards or [0])
         if rng.random() < 0.3:
@@ -224,8 +216,7 @@ def lie_in_directory(content, rng, giant=False):
         return flip_bytes(content, rng)
     spoilt = bytearray(content)
     numbers = (0, 1, 2, 3, 17, 41, 255, 32773, 65535)
-    if giant:
-        numbers = (10**8, 2**31, 2**32 - 1, start, len(content) - 4)
+    numbers = (10**8, 2**31, 2**32 - 1, start, len(content) - 4) if giant else numbers
     for _ in range(rng.choice((1, 1, 2, 4))):
         at, end = start + 2 + 12 * rng.randrange(count), start + 2 + 12 * count
         tag, value = rng.choice((256, 257, 258, 259, 262, 273, 277)), rng.choice(numbers)
@@ -246,22 +237,19 @@ def corpus():
 
 
 SPOIL = {"cut short": cut_short, "bytes flipped": flip_bytes, "blocks moved": move_blocks}
-LIE = {
-    "FITS": {"lies": lie_in_header, "crafted": partial(lie_in_header, lies=GIANT_LIES)},
-    "TIFF": {"lies": lie_in_directory, "crafted": partial(lie_in_directory, giant=True)},
-}
+LIE = {"FITS": lie_in_header, "TIFF": lie_in_directory}
 
 
 def spoilt(family, name, content, rng):
     """Return how a file is spoilt, if it is, and what becomes of it."""
     if family not in LIE:
-        return "crafted" if family == "crafted" else "whole", content
+        return family, content
     if rng.random() > 0.93:
         return "whole", content
-    ways = SPOIL | LIE[family]
     how = rng.choice((*SPOIL, "lies", "lies", "crafted"))
+    spoil = SPOIL.get(how) or partial(LIE[family], giant=how == "crafted")
     if name.endswith(".gz") and rng.random() < 0.5:
-        return how, gzip.compress(ways[how](gzip.decompress(content), rng), mtime=0)
+        return how, gzip.compress(spoil(gzip.decompress(content), rng), mtime=0)
     if name.endswith(".bz2") and rng.random() < 0.5:
-        return how, bz2.compress(ways[how](bz2.decompress(content), rng))
-    return how, ways[how](content, rng)
+        return how, bz2.compress(spoil(bz2.decompress(content), rng))
+    return how, spoil(content, rng)

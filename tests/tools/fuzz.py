@@ -1,7 +1,6 @@
 """Try to break the tool, for as long as it is told.
 
-    python tests/tools/fuzz.py [files] [options] [faults] [--seconds 60] [--seed 0] [--first 0]
-                               [--cases N] [--keep DIRECTORY]
+    python tests/tools/fuzz.py [files] [options] [faults] [--seconds 60] [--seed 0] [--cases N]
 
 Each case is made from the seed and its number alone, and run in a process of its own
 (only the time of a signal and the memory in use depend on the machine):
@@ -11,17 +10,16 @@ Each case is made from the seed and its number alone, and run in a process of it
 - faults: a run over older products is ended by a signal, or lacks room on disk, or memory.
 
 A case fails if the process crashes, takes more than 60 s or 1 GB, or ends with another exit code
-than 0, 1 and 2; if stderr holds anything but warnings and one error, a line each; if an error is
-called internal error; if anything is changed without success; or if a product can't be read,
-or something else is left. With a fault all products are as before, or as without it, to the byte;
-SIGKILL may leave one hidden directory, beside which the next run must succeed.
+than 0, 1 and 2; if stderr holds anything but warnings and one error, a line each, or the words
+internal error; if anything is changed without success; or if a product can't be read, or something
+else is left. With a fault all products are as before, or as without it, to the byte; SIGKILL may
+leave one hidden directory, beside which the next run must succeed.
 
 Crafted files, of numbers that nobody but a fuzzer writes, may end otherwise: they are counted only.
-What failed is kept, with the arguments and what was said.
+The directory `failures` keeps what failed, with the arguments and what was said.
 """
 
 import argparse
-import collections
 import contextlib
 import os
 import random
@@ -32,16 +30,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
+from collections import Counter, namedtuple
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
 
 import astropy.table
-import astropy.wcs
-import matplotlib.figure
+import astropy.wcs  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import numpy as np
 import PIL.Image
 import psutil
@@ -51,32 +49,17 @@ from astropy.io import fits
 import source_extractor
 from corpus import KERNELS, corpus, fits_of, flip_bytes, spoilt, stars
 
-# What the tool imports late, each process need not import.
-LATE = astropy.table, astropy.wcs, matplotlib.figure
-
 SECONDS = 60
+SAID = "stdout", "stderr"
 BYTES = 10**9
 LINE = re.compile(r"source_extractor\.py: (warning|error): .+")
-STAGE = re.compile(r"^(\S.*?) +\d+\.\d\d s$", re.MULTILINE)
 
+# A run of the tool. If sound, it must succeed. Its fault, if any, is a signal within the time
+# of a run without a fault, limits of resources, or a disk of so many bytes.
+Case = namedtuple("Case", "kind arguments sound stop limits disk", defaults=(False, None, (), None))
 
-class Case(NamedTuple):
-    """One run of the tool, and its fault if it has one."""
-
-    kind: str
-    arguments: list[str]
-    sound: bool = False  # it must succeed
-    stop: signal.Signals | None = None  # within the time of a run without a fault
-    limits: dict[int, int] = {}  # noqa: RUF012
-    disk: int | None = None  # bytes
-
-
-class End(NamedTuple):
-    """How a run ended: exit code, or what else; and how many bytes more than before it took."""
-
-    status: int | str
-    seconds: float
-    peak: int
+# How it ended: exit code, or what else; and how many bytes more than before it took.
+End = namedtuple("End", "status seconds peak")
 
 
 # Files
@@ -87,7 +70,13 @@ OPTIONS = (
     *("--bw 8 --bh 8", "--filter-case gaussian", "--minarea 1", "--thresh 0.1", "--blank 40"),
     "--aperture-diameters 5",
 )
-ROLES = {"image": 12, "mask": 2, "noise": 2, "measure": 1, "kernel": 1}  # and how often
+ROLES = {
+    "image": (),
+    "mask": ("good.fits", "--mask"),
+    "noise": ("good.fits", "--err-option", "file", "--err-file"),
+    "measure": ("good.fits", "--measure-image"),
+    "kernel": ("good.fits", "--filter-case", "file", "--filter-file"),
+}
 
 
 def case_of_files(files, rng, directory):
@@ -95,28 +84,19 @@ def case_of_files(files, rng, directory):
     family, name = rng.choice(list(files))
     how, content = spoilt(family, name, files[family, name], rng)
     (directory / "good.fits").write_bytes(files["FITS", "f4.fits"])
-    (role,) = rng.choices(list(ROLES), list(ROLES.values()))
+    (role,) = rng.choices(list(ROLES), (12, 2, 2, 1, 1))
     options = rng.choice(OPTIONS).split()
-    match role:
-        case "image":
-            arguments = [name]
-        case "mask":
-            arguments = ["good.fits", "--mask", name, *rng.choice(([], ["--mask-bits", "2"]))]
-        case "noise":
-            kind, options = rng.choice(("stddev", "variance", "weight")), []
-            noise = ["--err-option", "file", "--err-file", name]
-            arguments = ["good.fits", *noise, "--err-type", kind]
-        case "measure":
-            arguments = ["good.fits", "--measure-image", name]
-        case "kernel":
-            kernel, options = rng.choice(list(KERNELS.values())).encode("latin-1"), []
-            content = rng.choice((flip_bytes(kernel + b"\n", rng), content))
-            arguments = ["good.fits", "--filter-case", "file", "--filter-file", name]
+    if role == "mask":
+        options = [*rng.choice(([], ["--mask-bits", "2"])), *options]
+    elif role == "noise":
+        options = ["--err-type", rng.choice(("stddev", "variance", "weight"))]
+    elif role == "kernel":
+        kernel, options = rng.choice(list(KERNELS.values())).encode("latin-1"), []
+        content = rng.choice((flip_bytes(kernel + b"\n", rng), content))
     (directory / name).write_bytes(content)
     planes = name.startswith(("cube", "stack", "imagej", "ome", "rgb", "planar"))
-    whole = how == "whole" and family in ("FITS", "TIFF") and not planes
-    sound = role == "image" and whole and not options
-    return Case(f"{family}, {how}", [*arguments, *options, "-o", "products"], sound)
+    sound = role == "image" and how == "whole" and not planes and not options
+    return Case(how, [*ROLES[role], name, *options, "-o", "products"], sound)
 
 
 # Options
@@ -130,9 +110,7 @@ NUMBERS = (
     *("9" * 5000, "0." + "9" * 5000, "1e" + "9" * 50, "0" * 5000 + "5", "True", "None"),
 )
 HDUS = ("SCI", "sci,1", "DQ,\u0661", ",", "1,2,3", "-1", "ERR,2", "SCI,99999999999")
-PLACES = (
-    *("a.fits", "b.TIF", "c.fits.gz", "d", "new/x", "new/x/y", "image.fits", ".", "text/x", "\n"),
-)
+PLACES = "a.fits", "b.TIF", "c.fits.gz", "d", "new/x", "new/x/y", "image.fits", ".", "text/x", "\n"
 TOGETHER = (
     *(("err_option", "err_file", "err_type"), ("err_file", "err_hdu")),
     *(("filter_case", "filter_file"), ("filter_case", "filter_fwhm")),
@@ -145,8 +123,8 @@ TOGETHER = (
 def shelf(files):
     """Return right and wrong files for options, by their names."""
     image, noise = stars(), np.full(stars().shape, 3.0)
-    arrays = {"image": image, "noise": noise, "negative": -noise, "zero": 0 * noise}
-    arrays |= {"nan": noise * np.nan, "tiny": noise * 1e-300, "huge": noise * 1e300}
+    scales = {"noise": 1, "negative": -1, "zero": 0, "nan": np.nan, "tiny": 1e-300, "huge": 1e300}
+    arrays = {"image": image} | {name: scale * noise for name, scale in scales.items()}
     arrays |= {"quality": (image > 90).astype("i2") * 6, "small": image[:20]}
     arrays["all"] = np.ones(image.shape, "u1")
     found = {f"{name}.fits": fits_of(fits.PrimaryHDU(data)) for name, data in arrays.items()}
@@ -190,7 +168,7 @@ def case_of_options(files, rng, directory):
     for name, content in on_shelf.items():
         if any(name in argument for argument in arguments):
             (directory / name).write_bytes(content)
-    return Case(f"{len(chosen)} options", arguments)
+    return Case("sets of options", arguments)
 
 
 # Faults
@@ -199,7 +177,7 @@ REQUESTED = (
     *("--catalog-fits", "products/catalog.fits.gz", "--regions", "products/sources.reg"),
     *("--subtracted", "products/subtracted.fits", "--overview", "products/overview.png"),
 )
-SIGNALS = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGINT)
+SIGNALS = *(2 * ("SIGTERM",)), *(2 * ("SIGKILL",)), "SIGINT", "SIGHUP"
 
 
 def case_of_faults(files, rng, directory):
@@ -207,25 +185,23 @@ def case_of_faults(files, rng, directory):
     name = rng.choice(("f4.fits", "f4.fits.gz", "RICE_1-f4.fits", "wcs.fits"))
     (directory / name).write_bytes(files["FITS", name])
     arguments = [name, "-v", "-o", "products", *REQUESTED, *rng.choice(([], ["--threads", "2"]))]
-    fault = rng.choice((*SIGNALS, signal.SIGHUP, "file size", "disk", "memory"))
+    fault = rng.choice((*SIGNALS, "file size", "disk", "memory"))
     size = int(10 ** rng.uniform(2.5, 5.5))
-    match fault:
-        case "file size":
-            return Case(fault, arguments, limits={resource.RLIMIT_FSIZE: size})
-        case "memory":
-            in_use = psutil.Process().memory_info().vms
-            return Case(fault, arguments, limits={resource.RLIMIT_AS: in_use + 1000 * size})
-        case "disk":
-            return Case(fault, arguments, disk=60_000 + size)
-    return Case(fault.name, arguments, stop=fault)
+    if fault == "disk":
+        return Case("full disk", arguments, disk=60_000 + size)
+    if fault == "file size":
+        return Case("limits", arguments, limits=[(resource.RLIMIT_FSIZE, size)])
+    if fault == "memory":
+        most = psutil.Process().memory_info().vms + 1000 * size
+        return Case("limits", arguments, limits=[(resource.RLIMIT_AS, most)])
+    return Case("signals", arguments, stop=signal.Signals[fault])
 
 
 @contextlib.contextmanager
 def disk(directory, size):
-    """Let a directory be a disk of so many bytes, if a size is given, and mounting is allowed."""
-    directory.mkdir()
+    """Let a directory be a disk of so many bytes; tell if that is allowed."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory]
-    mounted = size and not subprocess.run(mount, capture_output=True, check=False).returncode
+    mounted = not subprocess.run(mount, capture_output=True, check=False).returncode
     try:
         yield mounted
     finally:
@@ -236,7 +212,8 @@ def disk(directory, size):
 @cache
 def unharmed(arguments, image):
     """Return the products of a run without a fault, which must succeed, and its seconds."""
-    with scratch() as directory:
+    with TemporaryDirectory() as scratch:
+        directory = Path(scratch)
         (directory / arguments[0]).write_bytes(image)
         end = run(arguments, directory)
         if end.status:
@@ -246,46 +223,34 @@ def unharmed(arguments, image):
 
 def run_with_fault(case, rng, directory):
     """Run a case with its fault over older products; return its kind, end and fault, or None."""
-    products, image = directory / "products", (directory / case.arguments[0]).read_bytes()
+    products, killed = directory / "products", case.stop == signal.SIGKILL
+    image = (directory / case.arguments[0]).read_bytes()
     new, seconds = unharmed(tuple(case.arguments), image)
     old = dict.fromkeys(new, b"old")
-    with disk(products, case.disk) as mounted:
+    products.mkdir()
+    with disk(products, case.disk) if case.disk else contextlib.nullcontext(True) as allowed:
         for name, content in old.items():
             (products / name).write_bytes(content)
         stop = case.stop and (case.stop, rng.uniform(0, 1.05) * seconds)
         end = run(case.arguments, directory, case.limits, stop)
-        if case.stop == signal.SIGKILL:
+        if killed:
             time.sleep(0.2)  # what puts the products in place goes on
-        stages = STAGE.findall((directory / "stdout").read_text())
-        kind = f"{case.kind} after {stages[-1] if stages else 'nothing'}"
-        if case.disk and not mounted:
-            kind = "disk that could not be mounted"
         now = tree(products)
         hidden = {name.partition("/")[0] for name in now if name.startswith(".")}
         seen = {name: content for name, content in now.items() if not name.startswith(".")}
         fault = fault_of_words(end, directory, case.stop)
         if seen != new if end.status == 0 else seen not in (old, new):
             fault = "left neither all old products nor all new ones"
-        elif len(hidden) > (case.stop == signal.SIGKILL):
+        elif len(hidden) > killed:
             fault = f"left {sorted(hidden)}"
-        elif case.stop == signal.SIGKILL:
+        elif killed:
             again = run(case.arguments, directory)
             if again.status or not new.items() <= tree(products).items():
                 fault = "the next run failed"
-    return kind, end, fault
+    return case.kind if allowed else "disk that could not be mounted", end, fault
 
 
 # Running and judging
-
-
-@contextlib.contextmanager
-def scratch():
-    """Give a directory, and remove it, which is not left to the ends of forked processes."""
-    directory = Path(tempfile.mkdtemp())
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def tree(directory):
@@ -298,11 +263,10 @@ def tree(directory):
     return found
 
 
-def run(arguments, directory, limits=None, stop=None):
+def run(arguments, directory, limits=(), stop=None):
     """Run the tool in a directory, in a process of its own, and return its `End`.
 
-    There may be limits of resources, and a signal after so many seconds. What is said is put into
-    files beside the products.
+    There may be limits of resources, and a signal after so many seconds.
     """
     start = time.monotonic()
     with open(directory / "stdout", "wb") as out, open(directory / "stderr", "wb") as err:
@@ -310,36 +274,32 @@ def run(arguments, directory, limits=None, stop=None):
         if not child:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-    if not child:
-        os.chdir(directory)
-        for limit, value in ({resource.RLIMIT_AS: 4 * BYTES} | (limits or {})).items():
-            resource.setrlimit(limit, (value, value))
-        if stop and stop[0] != signal.SIGKILL:  # in the background some are ignored
-            signal.signal(stop[0], signal.SIG_DFL)
-        sys.argv[1:], code = arguments, 99
-        try:
-            code = source_extractor.main()
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    before = psutil.Process().memory_info().rss
-    while True:
+            os.chdir(directory)
+            for limit, most in ((resource.RLIMIT_AS, 4 * BYTES), *limits):
+                resource.setrlimit(limit, (most, most))
+            if stop and stop[0] != signal.SIGKILL:  # in the background some are ignored
+                signal.signal(stop[0], signal.SIG_DFL)
+            sys.argv[1:], code = arguments, 99
+            try:
+                code = source_extractor.main()
+            except SystemExit as end:
+                code = end.code
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+    before, done = psutil.Process().memory_info().rss, False
+    while not done:
+        time.sleep(0.002)
         done, status, used = os.wait4(child, os.WNOHANG)
         seconds = time.monotonic() - start
-        if done:
-            break
-        if stop and seconds > stop[1]:
+        if not done and stop and seconds > stop[1]:
             os.kill(child, stop[0])
             stop = None
-        if seconds > SECONDS:
+        if not done and seconds > SECONDS:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return End("hang", seconds, 0)
-        time.sleep(0.002)
     code = os.waitstatus_to_exitcode(status)
     return End(f"signal {-code}" if code < 0 else code, seconds, 1024 * used.ru_maxrss - before)
 
@@ -347,53 +307,31 @@ def run(arguments, directory, limits=None, stop=None):
 def fault_of_words(end, directory, stop=None):
     """Return what is wrong with the end of a run, that a signal may stop, and with its words."""
     said = (directory / "stderr").read_text(errors="replace").splitlines()
-    errors = sum(" error: " in line for line in said if LINE.fullmatch(line))
+    errors = sum(" error: " in line for line in said)
     stopped = stop and end.status in (f"signal {stop}", 128 + stop)
-    if not all(map(LINE.fullmatch, said)):
-        return "said more than lines of its own"
-    if end.status not in (0, 1, 2) and not stopped:
-        return f"ended with {end.status}"
-    if end.peak > BYTES:
-        return f"took {end.peak / 1e9:.1f} GB"
-    if any("internal error" in line for line in said):
-        return "called it a fault of its own"
-    return f"said {errors} errors" if errors != (end.status in (1, 2)) else None
+    faults = {
+        "said more than lines of its own": not all(map(LINE.fullmatch, said)),
+        f"ended with {end.status}": end.status not in (0, 1, 2) and not stopped,
+        f"took {end.peak / 1e9:.1f} GB": end.peak > BYTES,
+        "called it a fault of its own": any("internal error" in line for line in said),
+        f"said {errors} errors": errors != (end.status in (1, 2)),
+    }
+    return next((fault for fault, present in faults.items() if present), None)
 
 
 def is_sound(product, path):
     """Tell if a product can be read."""
-    match product:
-        case "catalog":
-            text = path.read_text()
-            rows = {line.count("\t") for line in text.splitlines()}
-            return text.startswith("id\t") and len(rows) == 1
-        case "regions":
-            return path.read_text().startswith("# Region file format: DS9")
-        case "overlay" | "overview":
-            with PIL.Image.open(path) as picture:
-                return picture.format == "PNG" and np.asarray(picture).ndim == 3
+    if product == "catalog":
+        text = path.read_text()
+        return text.startswith("id\t") and len({x.count("\t") for x in text.splitlines()}) == 1
+    if product == "regions":
+        return path.read_text().startswith("# Region file format: DS9")
+    if product in ("overlay", "overview"):
+        with PIL.Image.open(path) as picture:
+            return picture.format == "PNG" and np.asarray(picture).ndim == 3
     if path.read_bytes()[:2] in (b"II", b"MM"):
         return tifffile.imread(path).ndim == 2
     return fits.getdata(path, 1 if product == "catalog_fits" else 0) is not None
-
-
-def fault_of_products(end, case, before, directory):
-    """Return what is wrong with what a run has left, or None."""
-    own = {"stdout", "stderr"}
-    after = {name: content for name, content in tree(directory).items() if name not in own}
-    changed = {name for name in after.keys() | before if after.get(name) != before.get(name)}
-    informs = {"--help", "-h", "--version"} & set(case.arguments)
-    if end.status or informs:
-        if changed:
-            return f"left {sorted(changed)}"
-        return "refused a whole file" if case.sound else None
-    args = source_extractor.build_parser().parse_args(case.arguments)
-    targets = source_extractor.product_paths(args)
-    changed = {name for name in changed if after.get(name) is not None}
-    if changed != {str(path) for path in targets.values()}:
-        return f"left {sorted(changed)}"
-    spoilt = [name for name, path in targets.items() if not is_sound(name, directory / path)]
-    return f"left {spoilt} that can't be read" if spoilt else None
 
 
 def run_and_judge(case, rng, directory):
@@ -404,13 +342,26 @@ def run_and_judge(case, rng, directory):
     return case.kind, end, fault
 
 
+def fault_of_products(end, case, before, directory):
+    """Return what is wrong with what a run has left, or None."""
+    after = {path: content for path, content in tree(directory).items() if path not in SAID}
+    changed = {name for name in after.keys() | before if after.get(name) != before.get(name)}
+    targets = {}
+    if not end.status and not {"--help", "-h", "--version"} & set(case.arguments):
+        args = source_extractor.build_parser().parse_args(case.arguments)
+        targets = source_extractor.product_paths(args)
+        changed = {name for name in changed if after.get(name) is not None}
+    elif case.sound:
+        return "refused a whole file"
+    if changed != {str(path) for path in targets.values()}:
+        return f"left {sorted(changed)}"
+    spoilt = [name for name, path in targets.items() if not is_sound(name, directory / path)]
+    return f"left {spoilt} that can't be read" if spoilt else None
+
+
 OUTCOMES = "products", "one line", "stopped", "otherwise"
-ENDS = {0: "products", 1: "one line", 2: "one line"}  # else a signal has stopped it
-KINDS = {
-    "files": (case_of_files, run_and_judge),
-    "options": (case_of_options, run_and_judge),
-    "faults": (case_of_faults, run_with_fault),
-}
+KINDS = {"files": (case_of_files, run_and_judge), "options": (case_of_options, run_and_judge)}
+KINDS["faults"] = case_of_faults, run_with_fault
 
 
 def main():
@@ -419,29 +370,28 @@ def main():
     parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="of cases (all)")
     parser.add_argument("--seconds", type=float, default=60.0, help="for how long (60)")
     parser.add_argument("--seed", type=int, default=0, help="of all cases (0)")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case (0)")
     parser.add_argument("--cases", type=int, default=10**9, help="the most to try")
-    parser.add_argument("--keep", type=Path, default=Path("failures"), help="for what failed")
     args = parser.parse_args()
     files, kinds = corpus(), args.kinds or list(KINDS)
-    end, counts, failures = time.monotonic() + args.seconds, collections.Counter(), 0
-    for number in range(args.first, args.first + args.cases):
+    end, counts, failures = time.monotonic() + args.seconds, Counter(), 0
+    for number in range(args.cases):
         if time.monotonic() > end:
             break
-        with scratch() as directory:
-            kind = kinds[number % len(kinds)]
-            make, judge = KINDS[kind]
-            rng = random.Random(args.seed * 10**9 + number)
+        kind = kinds[number % len(kinds)]
+        make, judge = KINDS[kind]
+        rng = random.Random(args.seed * 10**9 + number)
+        with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            directory = Path(scratch)
             case = make(files, rng, directory)
             what, ended, fault = judge(case, rng, directory)
-            (directory / "arguments").write_text(shlex.join(case.arguments))
-            outcome = "otherwise" if fault else ENDS.get(ended.status, "stopped")
-            counts[f"{kind}: {what}", outcome] += 1
+            outcome = {0: "products", 1: "one line", 2: "one line"}.get(ended.status, "stopped")
+            counts[f"{kind}: {what}", "otherwise" if fault else outcome] += 1
             if fault:
                 print(f"{number} {what}: {fault} ({ended.seconds:.1f} s)", flush=True)
-            if fault and "crafted" not in what:
+            if fault and what != "crafted":
                 failures += 1
-                kept = args.keep / f"{kind}-{args.seed}-{number}"
+                (directory / "arguments").write_text(shlex.join(case.arguments))
+                kept = Path("failures", f"{kind}-{args.seed}-{number}")
                 shutil.copytree(directory, kept, dirs_exist_ok=True)
     print(f"{'':44}", *(f"{outcome:>10}" for outcome in OUTCOMES))
     for what in sorted({what for what, _ in counts}):
