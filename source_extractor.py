@@ -196,7 +196,7 @@ SECONDS_TO_OPEN, BYTES_TO_OPEN = 15, 5 * 10**8
 UNPACKED_RATIO, UNPACKED_BYTES = 1040, 2**30
 
 # Bytes of each limit (ulimit) that the loaded libraries already occupy.
-LIBRARY_BYTES = {resource.RLIMIT_AS: 4 * 10**8, resource.RLIMIT_DATA: 10**8}
+LIBRARY_BYTES = {resource.RLIMIT_AS: 5 * 10**8, resource.RLIMIT_DATA: 10**8}
 
 
 @dataclass(frozen=True)

@@ -724,7 +724,7 @@ def test_an_image_larger_than_the_memory_is_refused_before_it_is_read(
     [
         *(("max", None, 4096 * 10**6), ("3000000", None, 3_000_000)),
         *(("9" * 12, None, 4096 * 10**6), (None, None, 4096 * 10**6)),
-        *(("max", 10**9, 6 * 10**8), ("3000000", 10**9, 3_000_000)),
+        *(("max", 10**9, 5 * 10**8), ("3000000", 10**9, 3_000_000)),
     ],
 )
 def test_memory_is_what_machine_group_and_ulimit_leave(monkeypatch, group, ulimit, expected):
