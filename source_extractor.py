@@ -1520,9 +1520,9 @@ def close_pairs(x, y, reach):
     around it. A cell is at least twice as wide as the largest reach of the group, so that objects
     within reach are always in adjacent cells.
     """
-    usable = np.isfinite(x + y + reach)
-    exponent = np.where(usable, np.frexp(reach)[1], 9999)  # 2**exponent > reach
-    for level in np.unique(exponent[usable]):
+    finite = np.isfinite(x + y + reach)
+    exponent = np.where(finite, np.frexp(reach)[1], 9999)  # 2**exponent > reach
+    for level in np.unique(exponent[finite]):
         group, partners = np.flatnonzero(exponent == level), np.flatnonzero(exponent <= level)
         row, column = (np.floor(values / 2.0 ** (level + 1)) for values in (y, x))
         width = column[partners].max() + 2
