@@ -2446,13 +2446,13 @@ def option_of(name):
     return "--" + name.replace("_", "-")
 
 
-def add_option(group, names, kind, text, **keywords):
+def add_option(group, names, kind, text, metavar=None, **keywords):
     """Add an option of a type, or with a tuple of choices; its help ends with its default."""
     if isinstance(kind, tuple):
         keywords["choices"], kind = kind, type(kind[0])
     elif kind is Path:
-        keywords.setdefault("metavar", "FILE")
-    option = group.add_argument(*names.split(), type=kind, help=text, **keywords)
+        metavar = metavar or "FILE"
+    option = group.add_argument(*names.split(), type=kind, help=text, metavar=metavar, **keywords)
     if option.default not in (None, [], ()):
         option.help += " (default: %(default)s)"
 
@@ -2477,76 +2477,74 @@ def build_parser():
 
     group = parser.add_argument_group("input")
     add = partial(add_option, group)
-    hdu, plane, level = {"metavar": "HDU"}, {"metavar": "INDEX"}, {"metavar": "LEVEL"}
-    pixels, boxes, factor = {"metavar": "PIXELS"}, {"metavar": "BOXES"}, {"metavar": "FACTOR"}
-    add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)", **hdu)
-    add("--plane", number(int, 0), "plane of a cube or stack, from 0", **plane)
+    add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)", "HDU")
+    add("--plane", number(int, 0), "plane of a cube or stack, from 0", "INDEX")
     add("--mask", Path, "mask image, FITS or TIFF, of the same shape")
-    add("--mask-hdu", str, "HDU of the mask, as --hdu", **hdu)
+    add("--mask-hdu", str, "HDU of the mask, as --hdu", "HDU")
     either = partial(add_option, group.add_mutually_exclusive_group())
-    either("--maskthresh", real, "mask where the mask image exceeds this", **level)
+    either("--maskthresh", real, "mask where the mask image exceeds this", "LEVEL")
     text = "instead: mask where any of these bits is set, such as 1 2 1024 or their sum"
-    either("--mask-bits", number(int, 1, 2**64 - 1), text, nargs="+", metavar="BIT")
+    either("--mask-bits", number(int, 1, 2**64 - 1), text, "BIT", nargs="+")
     box = {"nargs": 4, "action": "append", "metavar": ("XMIN", "XMAX", "YMIN", "YMAX")}
     text = "mask a box of 0-based pixels, ends included; repeatable"
     add("--mask-box", number(int, 0), text, **box)
     more = {"action": "append", "metavar": "VALUE"}
     add("--blank", real, "value of pixels without data, such as 0 in a mosaic; repeatable", **more)
-    add("--bridge", number(int, 0, 5), "interpolate over gaps up to this wide; 0: off", **pixels)
+    add("--bridge", number(int, 0, 5), "interpolate over gaps up to this wide; 0: off", "PIXELS")
 
     add = partial(add_option, parser.add_argument_group("background"))
-    add("--bw", number(int, 8), "width of the boxes", **pixels)
-    add("--bh", number(int, 8), "height of the boxes", **pixels)
-    add("--fw", number(int, 1, 99, odd=True), "width of the median filter, odd", **boxes)
-    add("--fh", number(int, 1, 99, odd=True), "height of the median filter, odd", **boxes)
+    add("--bw", number(int, 8), "width of the boxes", "PIXELS")
+    add("--bh", number(int, 8), "height of the boxes", "PIXELS")
+    add("--fw", number(int, 1, 99, odd=True), "width of the median filter, odd", "BOXES")
+    add("--fh", number(int, 1, 99, odd=True), "height of the median filter, odd", "BOXES")
     text = "change only boxes that differ from the median by this"
-    add("--fthresh", number(float, 0), text, **level)
+    add("--fthresh", number(float, 0), text, "LEVEL")
     text = "2: mask the sources, then estimate the background again"
     add("--background-passes", (1, 2), text)
 
     add = partial(add_option, parser.add_argument_group("detection"))
     text = "threshold in units of the noise; in image units with --err-option none"
-    add("--thresh", positive(), text, **level)
+    add("--thresh", positive(), text, "LEVEL")
     noises = ("float_globalrms", "array_rms", "none", "file")
     add("--err-option", noises, "global RMS, RMS map, none (absolute threshold), or --err-file")
     add("--err-file", Path, "noise image for --err-option file")
-    add("--err-hdu", str, "HDU of the noise image, as --hdu", **hdu)
+    add("--err-hdu", str, "HDU of the noise image, as --hdu", "HDU")
     add("--err-type", ("stddev", "variance", "weight"), "weight is inverse variance")
-    add("--gain", positive(), "electrons per image unit, for Poisson noise in errors", **factor)
+    add("--gain", positive(), "electrons per image unit, for Poisson noise in errors", "FACTOR")
     text = "level of saturated pixels (default: SATURATE in the header)"
-    add("--saturation", real, text, **level)
-    add("--minarea", number(int, 1, 2**31 - 1), "minimum number of pixels of a source", **pixels)
+    add("--saturation", real, text, "LEVEL")
+    add("--minarea", number(int, 1, 2**31 - 1), "minimum number of pixels of a source", "PIXELS")
 
     add = partial(add_option, parser.add_argument_group("filter"))
     kernels = ("none", "default", "gaussian", "tophat", "file")
     add("--filter-case", kernels, "default is 1 2 1 / 2 4 2 / 1 2 1")
-    add("--filter-fwhm", positive(maximum=50), "FWHM of gaussian, diameter of tophat", **pixels)
+    add("--filter-fwhm", positive(maximum=50), "FWHM of gaussian, diameter of tophat", "PIXELS")
     add("--filter-file", Path, "kernel as text or SExtractor's .conv")
     text = "with a noise image or map: matched weights pixels by their noise"
     add("--filter-type", ("matched", "conv"), text)
 
     group = parser.add_argument_group("deblending and cleaning")
     add = partial(add_option, group)
-    add("--deblend-nthresh", number(int, 1, 64), "number of levels", metavar="LEVELS")
+    add("--deblend-nthresh", number(int, 1, 64), "number of levels", "LEVELS")
     text = "minimum contrast: a lower value splits more; 1: no deblending"
-    add("--deblend-cont", number(float, 0, 1), text, **factor)
+    add("--deblend-cont", number(float, 0, 1), text, "FACTOR")
     text = "drop detections that are the light of bright neighbours (default: on)"
     group.add_argument("--clean", action=argparse.BooleanOptionalAction, help=text)
-    add("--clean-param", positive(), "a lower value drops more detections", metavar="VALUE")
+    add("--clean-param", positive(), "a lower value drops more detections", "VALUE")
 
     add = partial(add_option, parser.add_argument_group("photometry"))
-    add("--zeropoint", real, "magnitude of a flux of 1", metavar="MAG")
+    add("--zeropoint", real, "magnitude of a flux of 1", "MAG")
     radius, diameter = positive(maximum=100), positive(maximum=10_000)
-    add("--kron-factor", radius, "radius of the AUTO ellipse in Kron radii", **factor)
-    add("--kron-min-radius", radius, "its minimum radius, in units of a, b", metavar="RADIUS")
-    add("--aperture-diameters", diameter, "diameters of circular apertures", nargs="+", **pixels)
+    add("--kron-factor", radius, "radius of the AUTO ellipse in Kron radii", "FACTOR")
+    add("--kron-min-radius", radius, "its minimum radius, in units of a, b", "RADIUS")
+    add("--aperture-diameters", diameter, "diameters of circular apertures", "PIXELS", nargs="+")
     add("--measure-image", Path, "detect on IMAGE, measure on this aligned image")
-    add("--measure-hdu", str, "HDU of the measure image, as --hdu", **hdu)
-    add("--measure-plane", number(int, 0), "plane of the measure image, as --plane", **plane)
+    add("--measure-hdu", str, "HDU of the measure image, as --hdu", "HDU")
+    add("--measure-plane", number(int, 0), "plane of the measure image, as --plane", "INDEX")
 
     add = partial(add_option, parser.add_argument_group("output"))
     text = "directory of products that are not named below; created if missing"
-    add("-o --output-dir", Path, text, metavar="DIR")
+    add("-o --output-dir", Path, text, "DIR")
     for name, product in PRODUCTS.items():
         default = product.default.format(".fits or .tiff")
         note = f"default: {default}" if default else "on request"
@@ -2558,7 +2556,7 @@ def build_parser():
     volume.add_argument("-v", "--verbose", action="store_true", help="show stages and times")
     volume.add_argument("-q", "--quiet", action="store_true", help="show nothing but errors")
     add = partial(add_option, group)
-    add("--threads", number(int, 1, 1024), "number of processes", metavar="NUMBER")
+    add("--threads", number(int, 1, 1024), "number of processes", "NUMBER")
     group.add_argument("--version", action="version", version=SIGNATURE)
     return parser
 
