@@ -1329,7 +1329,7 @@ def extract(field):
 def flag_pixels(found, field, measure_field):
     """Return the `Detections` with flags for saturated and bridged pixels in either field."""
     objects = found.objects.copy()
-    for each in (field, measure_field):
+    for each in (field,) if measure_field is field else (field, measure_field):
         unbridged = each.mask is each.excluded  # saves a search through the whole image
         bridged = ([], []) if unbridged else each.excluded & ~each.mask
         for where, bit in ((each.saturated, SATURATED), (bridged, BRIDGED)):
