@@ -31,10 +31,7 @@ class Run:
     out: str
     err: str
     directory: Path
-
-    @property
-    def catalog(self):
-        return read_catalog(self.directory)
+    catalog: pd.DataFrame | None = None  # with all digits, as it was given to the writers
 
     def image(self, product):
         return fits.getdata(self.directory / f"{product}.fits")
@@ -100,20 +97,9 @@ def insert_cards(path, *cards):
     return path
 
 
-def exact_path(directory):
-    """Return where the FITS table goes of a run with products in `directory`."""
-    return directory.with_name(f"{directory.name}.exact.fits")
-
-
-def table_path(directory):
-    """Return where the FITS table of a run is, None if it has written none."""
-    paths = exact_path(directory), directory / "catalog.fits"
-    return next(filter(Path.exists, paths), None)
-
-
 def read_catalog(directory):
     """Return the catalogue of a run: with all digits if it has written a FITS table as well."""
-    if path := table_path(directory):
+    if (path := directory / "catalog.fits").exists():
         return Table(fits.getdata(path, 1)).to_pandas()
     return pd.read_csv(directory / "catalog.tsv", sep="\t")
 

@@ -22,6 +22,11 @@ from sky import blobs
 
 
 @pytest.fixture
+def coarse_pictures():
+    """Draw pictures with all their pixels here, so that a disk can be too full for them."""
+
+
+@pytest.fixture
 def old(tmp_path):
     """Return a directory that holds older products, all nine."""
     directory = tmp_path / "results"

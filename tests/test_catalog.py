@@ -14,7 +14,7 @@ from astropy.io.votable.ucd import check_ucd
 from astropy.table import Table
 from numpy.testing import assert_allclose
 
-from common import SHAPE, table_path
+from common import SHAPE, read_catalog
 from contract import COLUMNS, SEP_FIELDS
 from headers import cards
 from sky import blobs
@@ -41,7 +41,7 @@ WITH_APERTURES = COLUMNS + [
 def test_the_columns_are_the_same_for_any_input_and_four_for_each_aperture_follow(
     run, write, stars, columns, options
 ):
-    assert list(run(write(stars), *options).catalog) == columns
+    assert list(read_catalog(run(write(stars), *options).directory)) == columns
 
 
 def test_the_catalogues_fields_are_seps_own():
@@ -51,7 +51,7 @@ def test_the_catalogues_fields_are_seps_own():
 
 def assert_rounded(directory):
     """Demand that the text is the FITS table, to ten digits or, of ra and dec, to twelve."""
-    table = fits.getdata(table_path(directory), 1)
+    table = fits.getdata(directory / "catalog.fits", 1)
     text = pd.read_csv(directory / "catalog.tsv", sep="\t", dtype=str, keep_default_na=False)
     assert list(text) == table.columns.names
     for name in text:
@@ -71,8 +71,10 @@ def test_the_text_is_the_fits_table_to_ten_digits(nine):
     assert (nine / "catalog.tsv").read_text().count("\n") == 1 + number
 
 
-def test_whole_numbers_have_no_point_and_unknown_ones_are_nan(run, write, stars):
-    rows = assert_rounded(run(write(stars), "--err-option", "none", "--thresh", 5).directory)
+def test_whole_numbers_have_no_point_and_unknown_ones_are_nan(run, write, stars, tmp_path):
+    table = tmp_path / "products" / "catalog.fits"
+    options = "--err-option", "none", "--thresh", 5, "--catalog-fits", table
+    rows = assert_rounded(run(write(stars), *options).directory)
     assert set(rows["thresh"]) == {"5"}
     assert {*rows["ra"], *rows["dec"]} == {"nan"}
 

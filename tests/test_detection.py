@@ -11,7 +11,7 @@ import tifffile
 from astropy.io import fits
 from numpy.testing import assert_allclose, assert_array_equal
 
-from common import SHAPE, SKY, Run
+from common import SHAPE, SKY, Run, read_catalog
 from contract import SEP_FIELDS
 from same_as_sep import CUT, DEFAULT_KERNEL, assert_same, assert_subtracted, direct
 from sky import blobs, galaxies, random_sources, simulate, stars, vstack
@@ -82,7 +82,7 @@ def test_products_are_those_of_sep(run, write, tmp_path, field, options, keyword
 
 
 def test_products_of_the_test_sky_are_those_of_sep(nine):
-    image, result = fits.getdata(SKY).astype(np.float32), Run(0, "", "", nine)
+    image, result = fits.getdata(SKY).astype(np.float32), Run(0, "", "", nine, read_catalog(nine))
     expected = direct(image)
     assert_same(result, expected)
     assert_subtracted(nine / "subtracted.fits", image, expected)

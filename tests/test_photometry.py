@@ -10,7 +10,7 @@ import sep
 from astropy.io import fits
 from numpy.testing import assert_allclose, assert_array_equal
 
-from common import exact_path, extract, read_catalog, rows_at
+from common import extract, read_catalog, rows_at
 from sky import grid_positions, simulate, vstack
 from sky import stars as star_table
 from truth import nearest
@@ -36,7 +36,7 @@ def measured(request, tmp_path_factory, crowded):
     fits.writeto(file, given)
     extract(
         *(image, "-o", directory, "--subtracted", subtracted),
-        *("--catalog-fits", exact_path(directory)),
+        *("--catalog-fits", directory / "catalog.fits"),
         *("--zeropoint", ZEROPOINT, "--aperture-diameters", *DIAMETERS),
         *NOISE_OPTIONS[request.param],
         *("--err-file", file) * (request.param == "file"),

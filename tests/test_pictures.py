@@ -12,6 +12,11 @@ from common import NX, SHAPE
 from sky import blobs, galaxies, light, stars
 
 
+@pytest.fixture
+def coarse_pictures():
+    """Draw pictures with all their pixels here."""
+
+
 def is_red(rgb):
     red, green, blue = np.moveaxis(rgb, 2, 0)
     return (red > 0.6) & (green < 0.4) & (blue < 0.4)

@@ -258,7 +258,7 @@ def test_odd_distortions_cost_one_line_and_no_position(
     result = run(path, "--thresh", 5, "--plane", 0)
     assert re.fullmatch(one_line("warning", f".*{told}.*"), result.err)
     reports = {"image", "masked", "background", "threshold", "sources"}
-    products = {"rms", "segmentation", "overlay", "catalog", "catalog_fits"}
+    products = {"rms", "segmentation", "overlay", "catalog"}
     assert {line.split()[0] for line in result.out.splitlines()} == reports | products
     for file in (flat, result.directory / "background.fits"):
         assert_on_sky(result.catalog, file, ICRS())
