@@ -21,6 +21,7 @@ DATA = Path(__file__).parent.parent / "test-data"
 SKY = DATA / "sky.fits"
 
 SHAPE = NY, NX = 120, 160  # of the fixture `stars`
+BLOCK = np.s_[85:116, 10:56]  # holds the star at (30, 95), and no other
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,13 @@ def read_catalog(directory):
     if (path := directory / "catalog.fits").exists():
         return Table(fits.getdata(path, 1)).to_pandas()
     return pd.read_csv(directory / "catalog.tsv", sep="\t")
+
+
+def block(value=True, dtype=bool, rest=0):
+    """Return an image that is `value` in the block and `rest` outside; by default a mask."""
+    image = np.full(SHAPE, rest, dtype)
+    image[BLOCK] = value
+    return image
 
 
 def rows_at(catalog, x, y):

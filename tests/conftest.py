@@ -89,3 +89,9 @@ def write(tmp_path):
         return tmp_path / name
 
     return write_fits
+
+
+@pytest.fixture
+def image(write, stars):
+    """Return the path of `stars` as FITS."""
+    return write(stars)
