@@ -1,6 +1,5 @@
 """Mask, boxes, noise image and kernel: what they read, what they change, what they refuse."""
 
-import io
 import math
 
 import numpy as np
@@ -8,11 +7,10 @@ import pytest
 import tifffile
 from astropy.io import fits
 
-from common import SHAPE
+from common import BLOCK, SHAPE, block
 from same_as_sep import DEFAULT_KERNEL, assert_same, direct
 from source_extractor import make_kernel
 
-BLOCK = np.s_[85:116, 10:56]  # holds the star at (30, 95), and no other
 FILE = "--err-option", "file", "--err-file"
 
 
@@ -22,27 +20,15 @@ def put(tmp_path):
 
     def put_content(content, form="fits"):
         path = tmp_path / "dataset_2.dat"
-        if isinstance(content, str | bytes):
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):
+            path.write_text(content, "latin-1")
         elif form == "fits":
-            fits.PrimaryHDU(content).writeto(path, overwrite=True)
+            fits.writeto(path, content, overwrite=True)
         else:
             tifffile.imwrite(path, content, photometric="minisblack")
         return path
 
     return put_content
-
-
-@pytest.fixture
-def image(write, stars):
-    return write(stars)
-
-
-def block(value, dtype, rest=0):
-    """Return an image of the type that is `value` in the block and `rest` outside."""
-    mask = np.full(SHAPE, rest, dtype)
-    mask[BLOCK] = value
-    return mask
 
 
 # Mask
@@ -60,9 +46,8 @@ def test_a_mask_of_any_type_has_the_effect_of_a_boolean_one(
     run, image, stars, put, form, dtype, value, threshold
 ):
     result = run(image, "--mask", put(block(value, dtype), form), "--maskthresh", threshold)
-    assert_same(result, direct(stars, mask=block(True, bool)))
-    assert f"{100 * block(True, bool).mean():.2f} %" in result.out
-    assert not result.image("segmentation")[BLOCK].any()
+    assert_same(result, direct(stars, mask=block()))
+    assert f"{100 * block().mean():.2f} %" in result.out
 
 
 @pytest.mark.parametrize(("threshold", "masked"), [(0, 3), (1, 2), (1.5, 2), (-1, 4), (-2.5, None)])
@@ -91,7 +76,7 @@ def test_hdus_of_mask_and_noise_are_chosen_by_name(run, image, stars, tmp_path):
     fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(path)
     assert len(run(image, "--mask", path).catalog) == 6
     masked = run(image, "--mask", path, "--mask-hdu", "DQ")
-    assert_same(masked, direct(stars, mask=block(True, bool)))
+    assert_same(masked, direct(stars, mask=block()))
     assert len(run(image, *FILE, path, "--err-hdu", "BIG").catalog) == 0
     assert len(run(image, *FILE, path, "--err-hdu", "ERR").catalog) >= 6
 
@@ -137,7 +122,7 @@ def test_boxes_mask_their_ends_too_and_end_at_the_edge(run, image, stars, boxes,
     mask = np.zeros(SHAPE, bool)
     for part in where:
         mask[part] = True
-    options = [word for box in boxes for word in ("--mask-box", *box)]
+    options = sum((("--mask-box", *box) for box in boxes), ())
     result = run(image, *options, "--bridge", 0)
     assert_same(result, direct(stars, mask=mask))
     assert f"{100 * mask.mean():.2f} %" in result.out
@@ -176,7 +161,6 @@ def test_the_kinds_of_noise_image_are_equivalent(
     result = run(write(crowded), *options)
     expected = direct(crowded, noise=noise, filter_type=filter_type)
     objects = expected[2]
-    assert result.code == 0
     assert len(objects) > 20
     if kind == "stddev":
         assert_same(result, expected)
@@ -195,10 +179,8 @@ def test_the_kinds_of_noise_image_are_equivalent(
 )
 def test_a_bad_noise_value_masks_the_pixel(run, image, stars, put, kind, bad):
     result = run(image, *FILE, put(block(bad, "f4", rest=1)), "--err-type", kind)
+    assert_same(result, direct(stars, mask=block(), noise=block(1e30, "f4", rest=1)))
     assert not result.image("segmentation")[BLOCK].any()
-    masked = block(True, bool)
-    noise = np.where(masked, 1e30, 1).astype(np.float32)
-    assert_same(result, direct(stars, mask=masked, noise=noise))
 
 
 @pytest.mark.parametrize(("kind", "value"), [("stddev", 0), ("variance", -3), ("weight", np.nan)])
@@ -216,11 +198,6 @@ def test_noise_that_vanishes_beside_the_image_is_refused(run, write, stars, put,
 # Kernel
 
 
-def test_the_default_kernel_and_none():
-    assert make_kernel("none", 2, None) is None
-    np.testing.assert_array_equal(make_kernel("default", 2, None), DEFAULT_KERNEL)
-
-
 def made_kernel(case, fwhm):
     """Return a kernel, once it is known to be fit for SEP, and the distance of its pixels."""
     kernel = make_kernel(case, fwhm, None)
@@ -233,6 +210,13 @@ def made_kernel(case, fwhm):
         np.testing.assert_allclose(kernel, turned, rtol=1e-6)
     offsets = np.arange(len(kernel)) - middle
     return kernel, np.hypot(offsets, offsets[:, np.newaxis])
+
+
+def test_the_default_kernel_none_and_the_narrowest():
+    assert make_kernel("none", 2, None) is None
+    np.testing.assert_array_equal(make_kernel("default", 2, None), DEFAULT_KERNEL)
+    for case in ("gaussian", "tophat"):
+        made_kernel(case, 0.01)
 
 
 @pytest.mark.parametrize("fwhm", [0.8, 1.5, 3.3, 50])
@@ -255,31 +239,19 @@ def test_the_tophat_has_the_area_of_its_circle(diameter):
     assert (kernel[distance > diameter / 2 + 0.71] == 0).all()
 
 
-def test_the_narrowest_kernels_are_fit_for_sep():
-    for case in ("gaussian", "tophat"):
-        made_kernel(case, 0.01)
-
-
-LOPSIDED = np.array([[0, 1, 2, 0, 0], [1, 3.5, 4, 1, 0], [0, 1, 1e-3, 0, -0.5]])
-
-
-def savetxt(**keywords):
-    buffer = io.StringIO()
-    np.savetxt(buffer, LOPSIDED, **keywords)
-    return buffer.getvalue()
-
-
+LOPSIDED = [[0, 1, 2, 0, 0], [1, 3.5, 4, 1, 0], [0, 1, 1e-3, 0, -0.5]]
+ROWS = "0 1 2 0 0\n1 3.5 4 1 0\n0 1 1e-3 0 -.5\n"
 KERNEL_FILES = {
-    "numpy": savetxt(header="made by numpy"),
-    "conv": "CONV NORM\n# 5x3 lopsided kernel\n" + savetxt(),
-    "conv not normalized, of Windows": "CONV NONORM\r\n" + savetxt(newline="\r\n"),
+    "numpy": "# made by numpy\n" + ROWS,
+    "conv": "CONV NORM\n# 5x3 lopsided kernel\n" + ROWS,
+    "conv not normalized, of Windows": "CONV NONORM\r\n" + ROWS.replace("\n", "\r\n"),
 }
 
 
 @pytest.mark.parametrize("text", KERNEL_FILES.values(), ids=KERNEL_FILES)
 def test_a_kernel_file_filters_the_detection(run, image, stars, put, text):
     result = run(image, "--filter-case", "file", "--filter-file", put(text))
-    assert_same(result, direct(stars, filter_kernel=LOPSIDED.astype(np.float32)))
+    assert_same(result, direct(stars, filter_kernel=np.array(LOPSIDED, np.float32)))
 
 
 def test_the_conv_file_of_the_test_data_is_sextractors_gaussian_of_three_pixels(data):
@@ -301,7 +273,7 @@ def test_the_conv_file_of_the_test_data_is_sextractors_gaussian_of_three_pixels(
         ("1 2 1\ntwo\n", "numbers"),
         ("CONV NORM\n# nothing\n", ""),
         ("", ""),
-        (bytes(range(256)), "numbers"),
+        ("".join(map(chr, range(256))), "numbers"),
     ],
     ids=repr,
 )
