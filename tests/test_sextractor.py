@@ -6,7 +6,7 @@ from astropy.io import fits
 
 from compare_sextractor import COMPARED, LEAST_MATCHED, compare, run_sextractor, simulated
 from sextractor import PROGRAM
-from truth import detect
+from truth import run_tool
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="SExtractor is not installed")
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="SExtractor is not insta
 @pytest.mark.parametrize("pixels_per_source", [2500, 400])
 def test_bright_sources_are_sextractors(pixels_per_source):
     image, header = simulated(pixels_per_source, seed=3, shape=(600, 600))
-    ours = detect(image, "--aperture-diameters", 6, header=header)
+    ours = run_tool(image, "--aperture-diameters", 6, header=header).catalog
     shares, gaps = compare(ours, run_sextractor(image, header), 10)
     assert min(shares) >= LEAST_MATCHED
     for name, (_, _, limit) in COMPARED.items():
@@ -28,7 +28,7 @@ def test_measuring_on_another_image_is_sextractors(tmp_path):
     other = (0.2 * image + noise).astype(np.float32)
     fits.writeto(tmp_path / "other.fits", other)
     options = "--aperture-diameters", 6, "--measure-image", tmp_path / "other.fits"
-    ours = detect(image, *options, header=header)
+    ours = run_tool(image, *options, header=header).catalog
     _, gaps = compare(ours, run_sextractor(image, header, other), 10)
     assert len(gaps) > 10
     # Circles are exact here; SExtractor counts 5 x 5 subpixels of each pixel.

@@ -25,7 +25,7 @@ from astropy.wcs import WCS
 
 import sextractor
 from sky import random_sources, simulate, tan_wcs
-from truth import detect, match, row_of
+from truth import match, row_of, run_tool
 
 RADIUS = 0.5  # pixels
 LEAST_MATCHED = 0.99
@@ -122,7 +122,7 @@ def compare(one, other, snr):
 
 def report(name, image, header, snr):
     """Print the row of one field; return if it is within the limits."""
-    ours = detect(image, "--aperture-diameters", APERTURE, header=header)
+    ours = run_tool(image, "--aperture-diameters", APERTURE, header=header).catalog
     theirs = run_sextractor(image, header)
     shares, gaps = compare(ours, theirs, snr)
     transposed = run_sextractor(np.ascontiguousarray(image.T)).rename(columns={"x": "y", "y": "x"})

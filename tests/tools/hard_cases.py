@@ -11,24 +11,16 @@ warnings name the option that helps.
 """
 
 import argparse
-import io
 import re
 import sys
-import tempfile
-from contextlib import redirect_stderr, redirect_stdout
 from math import inf, pi
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-from astropy.io import fits
 
-import source_extractor
 from compare_sextractor import sextract
 from sextractor import PROGRAM
 from sky import grid_positions, simulate, stars, vstack
-from truth import match, noise_area, row_of, spread
+from truth import match, noise_area, row_of, run_tool, spread
 
 RADIUS = 2.0  # pixels within which a detection and a source are the same
 FWHM = 3.0
@@ -66,32 +58,11 @@ NAMES = {name: f"{name.upper()}_IMAGE" for name in POSITIONS.split()}
 NAMES |= {"flux_auto": "FLUX_AUTO", "flux_aper_4": "FLUX_APER"}
 
 
-class Run(NamedTuple):
-    catalog: pd.DataFrame
-    images: dict
-    warnings: str
-
-    def advised(self, option):
-        """Return the options in the warnings that name this one, each with a value."""
-        lines = " ".join(line for line in self.warnings.splitlines() if option in line)
-        first = dict(reversed(re.findall(r"(--[a-z-]+) ([\w.]+)", lines)))
-        return [word for pair in first.items() for word in pair]
-
-
-def tool(image, *options, mask=None):
-    """Run the tool in this process: it takes longer to start than to run."""
-    err = io.StringIO()
-    with tempfile.TemporaryDirectory() as directory, redirect_stderr(err):
-        work = Path(directory)
-        fits.writeto(work / "image.fits", image)
-        options += ("-o", work, "--subtracted", work / "subtracted.fits")
-        if mask is not None:
-            fits.writeto(work / "mask.fits", mask.astype(np.uint8))
-            options += ("--mask", work / "mask.fits")
-        with redirect_stdout(io.StringIO()):
-            source_extractor.main([str(work / "image.fits"), *map(str, options)])
-        images = {path.stem: fits.getdata(path) for path in work.glob("*.fits")}
-        return Run(pd.read_csv(work / "catalog.tsv", sep="\t"), images, err.getvalue())
+def options_advised(run, option):
+    """Return the options in the warnings that name this one, each with a value."""
+    lines = " ".join(line for line in run.warnings.splitlines() if option in line)
+    first = dict(reversed(re.findall(r"(--[a-z-]+) ([\w.]+)", lines)))
+    return [word for pair in first.items() for word in pair]
 
 
 def sextract_both(image, bad=None, **settings):
@@ -168,7 +139,7 @@ def faint_beside_bright(seed):
     where = [np.append(distance == d, np.zeros(len(x), bool)) for d in distances]
     # The noise of the filtered image is 6/16 of that of the image.
     yield from compared(
-        tool(image, "--err-option", "array_rms", "--thresh", 4).catalog,
+        run_tool(image, "--err-option", "array_rms", "--thresh", 4).catalog,
         lambda: sextract_both(image, DETECT_THRESH=4 * 6 / 16)[0],
         (
             f"found, %, {written(distances)} pixels from the bright star",
@@ -184,7 +155,7 @@ def masked_pixels(seed):
     mask = np.zeros(image.shape, bool)
     for x, y in truth["x", "y"].iterrows():
         mask[round(y) - 20 : round(y) + 20, round(x) + 1 : round(x) + 8] = True
-    labels = tool(image, mask=mask).images["segmentation"]
+    labels = run_tool(image, mask=mask).images["segmentation"]
     yield row("masked pixels with a label", (0, 0), np.sum(labels[mask] > 0))
 
 
@@ -215,7 +186,7 @@ def bad_columns(seed):
         return medians(np.hypot(near["x"] - x, near["y"] - y))
 
     yield from compared(
-        (tool(image, mask=bad).catalog, tool(whole).catalog),
+        (run_tool(image, mask=bad).catalog, run_tool(whole).catalog),
         lambda: (sextract_both(image, bad=bad)[0], sextract_both(whole)[0]),
         ("`flux_auto` over that without the gap, 1 / 2 / 3 columns", (0.98, 1.02), flux_ratio),
         ("error of the position, pixels, 1 / 2 / 3 columns", (0, 0.1), distance),
@@ -233,11 +204,11 @@ def padded_mosaic(seed):
     at = reach[np.rint(truth["y"]).astype(int), np.rint(truth["x"]).astype(int)]
     truth, whole = truth[at < 300], at[at < 300] < 280  # those further out aren't there
     zeros = np.where(outside, 0, image)
-    plain = tool(zeros)
+    plain = run_tool(zeros)
     yield row("warned of the zeros", (1, 1), "--blank" in plain.warnings)
     for name, run, bad, least, most in (
         ("zeros", plain, None, -inf, inf),
-        ("zeros, `--blank 0`", tool(zeros, "--blank", 0), outside, 99, 2),
+        ("zeros, `--blank 0`", run_tool(zeros, "--blank", 0), outside, 99, 2),
     ):
         yield from compared(
             run.catalog,
@@ -256,7 +227,7 @@ def integers(seed):
         return max(np.subtract(backgrounds, levels), key=abs)
 
     yield from compared(
-        [tool(sky).images["background"].mean() for sky in skies],
+        [run_tool(sky).images["background"].mean() for sky in skies],
         lambda: [np.mean(sky - sextract_both(sky)[1]) for sky in skies],
         ("error of the background, quanta, in noise of 1", (-0.1, 0.1), worst),
     )
@@ -266,15 +237,15 @@ def integers(seed):
 def counts(seed):
     rates, rng = (0.01, 0.03, 0.1, 0.3), np.random.default_rng(seed)
     skies = [rng.poisson(rate, (512, 512)).astype(np.int16) for rate in rates]
-    runs = [tool(sky) for sky in skies]
+    runs = [run_tool(sky) for sky in skies]
     yield from compared(
         [run.catalog for run in runs],
         lambda: [sextract_both(sky)[0] for sky in skies],
         (f"spurious, empty sky of {written(rates)} a pixel", ANY, lambda some: [*map(len, some)]),
     )
     yield row("warned of them", (1, 1), ["--err-option none" in run.warnings for run in runs])
-    advised = [run.advised("--err-option") for run in runs]
-    number = [len(tool(sky, *words).catalog) for sky, words in zip(skies, advised, strict=True)]
+    advised = [options_advised(run, "--err-option") for run in runs]
+    number = [len(run_tool(sky, *words).catalog) for sky, words in zip(skies, advised, strict=True)]
     yield row("spurious there, with the options that it advises", (0, 2), number)
 
 
@@ -293,10 +264,10 @@ def large_objects(seed):
         flux = brightest_near(catalog, x, y, 75)["flux_auto"].fillna(0)
         return 100 * np.max(1 - flux / (cells.sum() / len(x)))
 
-    run = tool(image)
+    run = run_tool(image)
     yield from compared(run.catalog, lambda: sextract_both(image)[0], ("flux lost, %", ANY, lost))
     yield row("warned", (1, 1), "--bw" in run.warnings)
-    better = lost(tool(image, *run.advised("--bw")).catalog)
+    better = lost(run_tool(image, *options_advised(run, "--bw")).catalog)
     yield row("flux lost, %, with the options that it advises", (-inf, 10), better)
 
 
@@ -323,7 +294,7 @@ def apertures_and_errors(seed):
         gaps = catalog["xwin"] - true["x"], catalog["ywin"] - true["y"]
         return spread(np.divide(gaps, errors))
 
-    run = tool(image, "--aperture-diameters", 4)
+    run = run_tool(image, "--aperture-diameters", 4)
     yield from compared(
         (run.catalog, run.images["subtracted"]),
         lambda: sextract_both(image),

@@ -25,9 +25,10 @@ its outliers.
 """
 
 import argparse
-import subprocess
+import io
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -38,9 +39,8 @@ import pandas as pd
 from astropy.io import fits
 from astropy.table import Table
 
+import source_extractor
 from sky import galaxies, grid_positions, random_sources, simulate, stars
-
-TOOL = Path(__file__).resolve().parents[2] / "source_extractor.py"
 
 BINS = (5, 10, 20, 50, 200, 500)
 RADIUS = 1.5  # pixels within which a detection and a source are the same
@@ -56,14 +56,26 @@ class Sky(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-def detect(image, *options, header=None):
-    """Run the tool on an array (ny, nx); return its catalogue."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "image.fits")
-        fits.writeto(path, image, header)
-        command = [sys.executable, TOOL, path, "-o", directory, "-q", *map(str, options)]
-        subprocess.run(command, check=True)
-        return pd.read_csv(Path(directory, "catalog.tsv"), sep="\t")
+class Run(NamedTuple):
+    catalog: pd.DataFrame
+    images: dict
+    warnings: str
+
+
+def run_tool(image, *options, header=None, mask=None):
+    """Run the tool on an array (ny, nx) in this process: to start one takes longer than the run."""
+    out, err = io.StringIO(), io.StringIO()
+    with tempfile.TemporaryDirectory() as directory, redirect_stdout(out), redirect_stderr(err):
+        work = Path(directory)
+        fits.writeto(work / "image.fits", image, header)
+        options += ("-o", work, "--subtracted", work / "subtracted.fits")
+        if mask is not None:
+            fits.writeto(work / "mask.fits", mask.astype(np.uint8))
+            options += ("--mask", work / "mask.fits")
+        if source_extractor.main([str(work / "image.fits"), *map(str, options)]):
+            raise RuntimeError(err.getvalue())
+        images = {path.stem: fits.getdata(path) for path in work.glob("*.fits")}
+        return Run(pd.read_csv(work / "catalog.tsv", sep="\t"), images, err.getvalue())
 
 
 def match(catalog, truth, radius):
@@ -150,7 +162,7 @@ def observe(sky, seed):
     area = noise_area(sky.sources[:1]) if same else noise_area(gaussian(0.0, 0.0, 1.0))
     own = truth["flux"] / gain if gain else 0.0
     truth["snr"] = truth["flux"] / np.sqrt(area * variance + own)
-    return detect(image, *sky.options), truth
+    return run_tool(image, *sky.options).catalog, truth
 
 
 def compare(catalog, truth):
