@@ -108,21 +108,16 @@ def test_a_negative_source_spoils_no_other(found):
     assert_same_rows(measured, found.reference, measured.index != 3)
 
 
-def test_a_fully_masked_source_is_nan(found):
+def test_a_fully_masked_source_is_nan_and_no_other_far_from_it_changes(found):
     y, x = np.indices(found.labels.shape)
     star = found.objects[3]
     near = np.hypot(x - star["x"], y - star["y"]) < 6 * star["a"] + 1
+    far = np.hypot(found.objects["x"] - star["x"], found.objects["y"] - star["y"]) > 80
+    assert far.sum() > 20
     measured = measure_other(found, **masked(found, near, np.nan))
     assert measured.loc[3, PHOTOMETRY].isna().all()
     assert measured["flag_auto"][3] & sep.APER_ALLMASKED
-
-
-def test_masked_pixels_far_away_change_no_number(found):
-    mask = np.zeros(found.labels.shape, bool)
-    mask[:3, :3] = True
-    far = np.hypot(found.objects["x"], found.objects["y"]) > 60
-    assert far.sum() > 20
-    assert_same_rows(measure_other(found, **masked(found, mask, np.nan)), found.reference, far)
+    assert_same_rows(measured, found.reference, far)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1e6])
@@ -139,25 +134,15 @@ def test_neighbours_do_not_matter_however_bright(found):
     assert_same_rows(measured, found.reference, measured.index == 3)
 
 
-def test_measuring_leaves_the_map_and_the_image_as_they_were(found):
-    labels, residual = found.labels.copy(), found.field.residual.copy()
-    measure_other(found, mask=box_of(found))
-    assert_array_equal(found.labels, labels)
-    assert_array_equal(found.field.residual, residual)
-
-
-def test_no_object_gives_no_row(found):
-    measured = measure(found.field, found.objects[:0], np.zeros_like(found.labels))
-    assert len(measured) == 0
-    assert list(measured) == list(found.reference)
-
-
 def test_one_noise_is_the_same_everywhere_and_nothing_under_the_mask(found):
     mask, noise = box_of(found), found.field.background.globalrms
     everywhere = measure_other(found, noise=np.full(mask.shape, noise))
     pd.testing.assert_frame_equal(everywhere, found.reference)
     with_gap = measure_other(found, mask=mask, noise=np.where(mask, np.nan, noise))
+    labels, residual = found.labels.copy(), found.field.residual.copy()
     pd.testing.assert_frame_equal(with_gap, measure_other(found, mask=mask))
+    assert_array_equal(found.labels, labels)  # measuring changes no array
+    assert_array_equal(found.field.residual, residual)
 
 
 @pytest.mark.parametrize("options", [[], ["--err-option", "array_rms", "--thresh", 4]])

@@ -82,26 +82,11 @@ def one_bad_shape(a, b):
     sep.sum_ellipse(np.ones(SHAPE), [30, 80], [40, 60], [3, a], [2, b], [0, 0], 2.5)
 
 
-def many_peaks(size):
-    peaks = np.full((size, size), 10, np.float32)
-    peaks[:100:3, :100:3] = 60
-    sep.set_extract_pixstack(300_000)
-    sep.set_sub_object_limit(1024)
-    sep.extract(peaks, 3, minarea=1, deblend_cont=0, clean=False, filter_kernel=None)
-
-
 @pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        (upright_line, "invalid aperture parameters"),
-        (lambda: one_bad_shape(2, 3), "invalid aperture parameters"),
-        (lambda: one_bad_shape(np.nan, 2), "invalid aperture parameters"),
-        (lambda: many_peaks(550), "pixel buffer full"),
-        (lambda: many_peaks(100), "deblending overflow"),
-    ],
+    "call", [upright_line, lambda: one_bad_shape(2, 3), lambda: one_bad_shape(np.nan, 2)]
 )
-def test_some_calls_raise(call, said):
-    with pytest.raises(Exception, match=said):
+def test_shapes_that_sep_does_not_expect_raise(call):
+    with pytest.raises(Exception, match="invalid aperture parameters"):
         call()
 
 
@@ -167,13 +152,6 @@ def test_the_level_of_counts_is_wrong_and_sparse_ones_hold_sources(white):
     assert len(sep.extract(residual, 1.5, err=background.globalrms)) > 200
 
 
-def test_a_large_source_is_taken_for_the_background(white):
-    light = star(white.shape, 250, 250, 10, sigma=100)
-    background, inside = sep.Background((white + light).astype(np.float32)), light > 0.1
-    found = (light + white - background.back())[inside].sum()
-    assert found / light[inside].sum() == pytest.approx(0.13, abs=0.02)
-
-
 def test_rms_may_be_below_zero(white):
     white[:, :125] = 0
     assert sep.Background(white, bw=32, bh=32, fw=1, fh=1).rms().min() < 0
@@ -211,15 +189,6 @@ def test_masked_pixels_are_detected_in_the_first_rows_and_objects_grow_over_them
     assert nearest_in_x(objects, 80)["npix"] == np.sum(labels == labels[60, 80])
 
 
-def test_a_matched_filter_goes_deeper(image, white):
-    ones = np.ones_like(white)
-    assert len(sep.extract(white, 1.5, err=1.0)) == 0
-    assert len(sep.extract(white, 1.5, err=ones, filter_type="conv")) == 0
-    assert len(sep.extract(white, 1.5, err=ones)) > 100
-    deep = sep.extract(image, 1.5 * 16 / 6, err=np.ones_like(image))  # sum / norm of the kernel
-    assert_array_equal(deep["npix"], sep.extract(image, 1.5, err=1.0)["npix"])
-
-
 def test_noise_of_0_or_less_is_taken(image):
     ones, signs, gap = np.ones_like(image), box(-1, 1), box(0, 1)
     assert_array_equal(*(sep.extract(image, 3, err=err)["npix"] for err in (signs, ones)))
@@ -236,17 +205,6 @@ def test_real_stars_are_cleaned_away_with_noise_as_an_array():
     ones = np.ones_like(field)
     for thresh, err, clean, count in ((4, ones, 0, 394), (4, ones, 1, 225), (1.5, 1.0, 1, 394)):
         assert len(sep.extract(field, thresh, err=err, clean=clean)) == count
-
-
-def test_cleaning_depends_on_how_the_image_lies(white):
-    def places(image, x, y, clean):
-        objects = sep.extract(image, 0.8, filter_kernel=None, deblend_nthresh=1, clean=clean)
-        return {*zip(objects[x], objects[y], strict=True)}
-
-    for clean in (False, True):
-        upright = places(white, "xpeak", "ypeak", clean)
-        turned = places(white.T.copy(), "ypeak", "xpeak", clean)
-        assert (upright == turned) != clean
 
 
 def test_faint_pixels_of_a_blend_are_assigned_at_random_in_each_call():
