@@ -37,6 +37,8 @@ SKIES = {
     "TPV": (cards("RA---TPV", "DEC--TPV", **TPV), ICRS()),
     "TPV about a point outside": (cards("RA---TPV", "DEC--TPV", **TPV, **OUTSIDE), ICRS()),
     "ZPN": (cards("RA---ZPN", "DEC--ZPN", PV2_1=1.0, PV2_3=45.0), ICRS()),
+    "3.6 microarcseconds a pixel": (cards("RA---SIN", "DEC--SIN", scale=1e-9), ICRS()),
+    "36 arcseconds a pixel": (cards("RA---SIN", "DEC--SIN", scale=1e-2), ICRS()),
     "mirrored": (cards(CD1_1=8.6e-5, CD2_1=-5e-5), ICRS()),
     "near the pole": (cards(CRVAL2=89.999), ICRS()),
     "latitude first": (cards("DEC--TAN", "RA---TAN", **LATITUDE_FIRST), ICRS()),

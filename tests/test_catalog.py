@@ -7,7 +7,6 @@ from decimal import Context, Decimal
 import numpy as np
 import pandas as pd
 import pytest
-import sep
 from astropy import units as u
 from astropy.io import fits
 from astropy.io.votable.ucd import check_ucd
@@ -15,7 +14,7 @@ from astropy.table import Table
 from numpy.testing import assert_allclose
 
 from common import SHAPE, read_catalog
-from contract import COLUMNS, SEP_FIELDS
+from contract import COLUMNS
 from headers import cards
 from sky import blobs
 from source_extractor import unit_of_sums
@@ -42,11 +41,6 @@ def test_the_columns_are_the_same_for_any_input_and_four_for_each_aperture_follo
     run, write, stars, columns, options
 ):
     assert list(read_catalog(run(write(stars), *options).directory)) == columns
-
-
-def test_the_catalogues_fields_are_seps_own():
-    objects = sep.extract(np.eye(9, dtype=np.float32), 0.5)
-    assert list(objects.dtype.names) == SEP_FIELDS
 
 
 def assert_rounded(directory):

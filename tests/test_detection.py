@@ -343,7 +343,6 @@ def test_scale_and_pedestal_do_not_matter(run, write, stars, option, factor, ped
     assert_allclose(found["background"] / factor - pedestal, plain["background"], atol=0.05)
     shift = -2.5 * math.log10(factor)
     assert_allclose(found["mag_auto"] - plain["mag_auto"], shift, atol=rtol)
-    assert scaled_level.dtype.newbyteorder("=") == dtype
     assert_allclose(scaled_noise / factor, noise, rtol=1e-3)
     assert_allclose(scaled_level / factor - pedestal, level, atol=1e-2)
 
@@ -367,22 +366,14 @@ def test_second_pass_takes_a_big_galaxy_and_a_bright_star_out_of_the_background(
     assert np.std(twice - truth) < np.std(once - truth) / 5
 
 
-def test_second_pass_of_empty_sky_changes_nothing(run, write):
-    path = write(np.random.default_rng(3).normal(5, 1, SHAPE).astype(np.float32))
-    once, twice = (
-        run(path, "--thresh", 5, "--background-passes", n).image("background") for n in (1, 2)
-    )
-    assert_array_equal(once, twice)
-
-
-def test_second_pass_with_sources_everywhere_keeps_the_first(run, write):
-    image = blobs((64, 64), (32, 32), level=5, peak=1000, a=150**0.5, b=150**0.5)
-    path = write(image.astype(np.float32))
-    once = run(path).image("background")
-    result = run(path, "--background-passes", 2)
-    assert_array_equal(result.image("background"), once)
-    assert "warning: sources fill every background box" in result.err
-    assert result.code == 0
+@pytest.mark.parametrize("full", [False, True])
+def test_second_pass_changes_nothing_in_empty_sky_or_with_sources_everywhere(run, write, full):
+    side = 150**0.5
+    path = write(blobs((64, 64), *[(32, 32)] * full, level=5, peak=1000, a=side, b=side))
+    once, twice = (run(path, "--thresh", 5, "--background-passes", n) for n in (1, 2))
+    assert_array_equal(twice.image("background"), once.image("background"))
+    assert ("warning: sources fill every background box" in twice.err) == full
+    assert twice.code == 0
 
 
 def test_second_pass_respects_the_mask(run, write, stars):

@@ -24,10 +24,6 @@ def test_the_five_products_are_written_by_default_and_replace_older_ones(run, wr
     assert again["catalog.tsv"] != first["catalog.tsv"]
 
 
-def test_all_nine_products_are_written_on_request(nine):
-    assert set(tree(nine)) == NINE
-
-
 @pytest.mark.parametrize(("option", "name"), ON_REQUEST.items())
 def test_only_the_requested_product_joins_the_five(option, name):
     args = source_extractor.build_parser().parse_args(["image.fits", option, name])
@@ -80,16 +76,6 @@ def test_image_format_goes_by_option_then_by_extension(write, stars, tmp_path, o
         assert path.read_bytes().startswith(MAGIC[kind])
         found = tifffile.imread(path) if kind == "tiff" else fits.getdata(path)
         np.testing.assert_array_equal(found, pixels)
-
-
-def test_image_format_tiff_changes_the_default_names_and_two_runs_give_the_same_bytes(
-    write, stars, tmp_path
-):
-    image, once, again = write(stars), tmp_path / "once", tmp_path / "again"
-    for directory in (once, again):
-        extract(image, "-o", directory, "--image-format", "tiff")
-    assert tree(once) == tree(again)
-    assert set(tree(once)) == {name.replace(".fits", ".tiff") for name in FIVE}
 
 
 def test_products_get_the_permissions_that_the_umask_leaves(write, stars, tmp_path):

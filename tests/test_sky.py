@@ -113,27 +113,6 @@ def test_positions_products_and_regions_are_right_on_any_sky(run, write, stars, 
     assert_ellipses_lie_on_the_sources(result.catalog, shapes, wcs, tolerance=0.01)
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e-2], ids=["3.6 uas", "36 arcsec"])
-def test_sky_ellipses_are_precise_at_any_scale(run, write, stars, tmp_path, scale):
-    path = write(stars, **cards("RA---SIN", "DEC--SIN", scale=scale))
-    catalog = run(path, "--thresh", 5, "--regions", tmp_path / "sources.reg").catalog
-    shapes = read_regions(tmp_path / "sources.reg", "icrs")
-    assert_ellipses_lie_on_the_sources(catalog, shapes, celestial_wcs(path), tolerance=0.02)
-
-
-@pytest.mark.parametrize(
-    ("header", "expected"),
-    [
-        (cards("GLON-TAN", "GLAT-TAN", CRVAL1=0.0, CRVAL2=0.0), (266.40499, -28.93617)),
-        (cards(RADESYS="FK4", EQUINOX=1950.0, CRVAL1=192.25, CRVAL2=27.4), (192.85948, 27.12825)),
-    ],
-    ids=["galactic centre", "north galactic pole of 1950"],
-)
-def test_landmarks_of_the_sky_are_where_the_books_say(write, stars, header, expected):
-    place = positions(write(stars, **header | {"CRPIX1": 81.3, "CRPIX2": 61.7})).iloc[2]
-    assert_allclose(place[["ra", "dec"]].astype(float), expected, atol=1e-4)
-
-
 def test_lookup_table_distortion_counts_and_is_kept(run, tmp_path, stars):
     path = tmp_path / "distorted.fits"
     distorted(stars).writeto(path)
@@ -175,24 +154,22 @@ def test_the_plane_of_a_cube_is_that_of_the_sky_in_any_order_of_axes(run, write,
     header = fits.Header({f"{k}{n}": v for n, a in enumerate(order, 1) for k, v in AXES[a].items()})
     names = order[::-1]  # as numpy's axes
     image = stars if names.index("D") < names.index("R") else np.ascontiguousarray(stars.T)
-    others = [LENGTHS[name] for name in names if name in LENGTHS]
-    where = np.unravel_index(1, others)
-    cube = np.zeros((*others, *image.shape), np.float32)
+    sky = [axis for axis, name in enumerate(names) if name in "RD"]
+    lengths = [LENGTHS[name] for name in names if name in LENGTHS]
+    where = np.unravel_index(1, lengths)
+    cube = np.zeros((*lengths, *image.shape), np.float32)
     cube[where] = image
-    sky = sorted([names.index("R"), names.index("D")])
     path = write(np.ascontiguousarray(np.moveaxis(cube, (-2, -1), sky)), **header)
     assert np.array_equal(read_image(path, plane=1)[1], image)
     result = run(path, "--plane", 1, "--thresh", 5)
     assert (result.code, result.err) == (0, "")
     catalog = result.catalog
-    # Where the whole WCS puts the pixel of that plane.
-    pixel = [None] * len(names)
-    for axis, at in zip((a for a in range(len(names)) if a not in sky), where, strict=True):
-        pixel[axis] = np.full(len(catalog), at)
-    pixel[sky[0]], pixel[sky[1]] = catalog["y"].to_numpy(), catalog["x"].to_numpy()
-    whole = WCS(header)
-    world = whole.all_pix2world(*pixel[::-1], 0)
-    expected = SkyCoord(world[whole.wcs.lng], world[whole.wcs.lat], unit="deg")
+    # Where the whole WCS puts the pixels of that plane.
+    pixels = [*where]
+    for axis, name in zip(sky, "yx", strict=True):
+        pixels.insert(axis, catalog[name])
+    world, wcs = WCS(header).all_pix2world(*np.broadcast_arrays(*pixels[::-1]), 0), WCS(header).wcs
+    expected = SkyCoord(world[wcs.lng], world[wcs.lat], unit="deg")
     found = SkyCoord(catalog["ra"], catalog["dec"], unit="deg")
     assert found.separation(expected).arcsec.max() < 1e-5
     assert_on_sky(catalog, result.directory / "segmentation.fits", None)
@@ -257,9 +234,6 @@ def test_odd_distortions_cost_one_line_and_no_position(
     path = write(np.broadcast_to(stars, planes + stars.shape), **header)
     result = run(path, "--thresh", 5, "--plane", 0)
     assert re.fullmatch(one_line("warning", f".*{told}.*"), result.err)
-    reports = {"image", "masked", "background", "threshold", "sources"}
-    products = {"rms", "segmentation", "overlay", "catalog"}
-    assert {line.split()[0] for line in result.out.splitlines()} == reports | products
     for file in (flat, result.directory / "background.fits"):
         assert_on_sky(result.catalog, file, ICRS())
 

@@ -105,7 +105,7 @@ def test_two_runs_at_once_in_one_directory_do_not_meet(write, stars, tmp_path):
 
 def test_products_are_the_same_to_the_byte_whoever_makes_them(write, stars, tmp_path):
     image, made = write(stars, **cards(**BEAM)), []
-    packed = "--subtracted", "x/s.fits.gz", "--catalog-fits", "x/c.fits.gz"
+    packed = "--subtracted", "x/s.fits.gz", "--catalog-fits", "x/c.fits.gz", "--rms", "x/rms.tiff"
     for number in ("1", "3"):
         place = tmp_path / number
         place.mkdir()
