@@ -59,14 +59,6 @@ ALL_SKY = {
 
 ECLIPTIC = cards("ELON-TAN", "ELAT-TAN", CRVAL1=30.0, CRVAL2=10.0)
 
-# Of four axes, the first two of which are celestial.
-RADIO = {
-    **{"CTYPE1": "RA---SIN", "CTYPE2": "DEC--SIN", "CTYPE3": "FREQ", "CTYPE4": "STOKES"},
-    **{"CRVAL1": 83.6, "CRVAL2": 22.0, "CRVAL3": 1.4e9, "CRVAL4": 1.0, "CRPIX1": 70.5},
-    **{"CDELT1": -0.001, "CDELT2": 0.001, "CDELT3": 1e6, "CRPIX2": 50.5, "CUNIT3": "Hz"},
-    **{"RADESYS": "FK5", "EQUINOX": 2000.0},
-}
-
 # With these there is no WCS at all.
 NO_WCS = {
     "singular": cards(CD1_1=1e-4, CD1_2=1e-4, CD2_1=1e-4, CD2_2=1e-4),

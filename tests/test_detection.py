@@ -15,13 +15,7 @@ from common import SHAPE, SKY, Run, read_catalog
 from contract import SEP_FIELDS
 from same_as_sep import CUT, DEFAULT_KERNEL, assert_same, assert_subtracted, direct
 from sky import blobs, galaxies, random_sources, simulate, stars, vstack
-from source_extractor import (
-    BackgroundSettings,
-    ExtractionSettings,
-    Method,
-    make_kernel,
-    subtract_background,
-)
+from source_extractor import make_kernel
 
 
 @pytest.fixture(scope="module")
@@ -302,8 +296,8 @@ def test_more_sub_objects_than_seps_limit_are_deblended(run, write):
 
 # Scales and pedestals that float32 can't take
 
-FLUXES = ["thresh", "cflux", "flux", "cpeak", "peak"]
-MEASURED_FLUXES = ["flux_auto", "fluxerr_auto", "flux_aper_6", "fluxerr_aper_6", "rms"]
+LEVELS = ["thresh", "cflux", "flux", "cpeak", "peak"]
+FLUXES = ["flux_auto", "fluxerr_auto", "flux_aper_6", "fluxerr_aper_6", "rms"]
 FREE_OF_SCALE = ["kron_radius", "snr", "flux_radius", "xwin", "ywin", "flag_auto"]
 
 
@@ -320,25 +314,25 @@ FREE_OF_SCALE = ["kron_radius", "snr", "flux_radius", "xwin", "ywin", "flag_auto
     ],
 )
 def test_scale_and_pedestal_do_not_matter(run, write, stars, option, factor, pedestal, dtype):
-    def products(image, name, unit):
+    def products(pedestal, unit, name):
         options = ["--err-option", option, "--thresh", 4 * unit if option == "none" else 4]
         options += ["--gain", 2 / unit, "--fthresh", 0.2 * unit, "--bw", 40, "--bh", 40]
         if option == "file":
-            noise = np.full(stars.shape, 1.2 * unit).astype(dtype)
+            noise = np.full(SHAPE, 1.2 * unit).astype(dtype)
             options += ["--err-file", write(noise, f"noise-{name}")]
+        image = ((stars.astype(np.float64) + pedestal) * unit).astype(dtype)
         result = run(write(image, name), *options, "--aperture-diameters", 6)
         return result.catalog, result.image("background"), result.image("rms")
 
-    plain, level, noise = products(stars.astype(dtype), "plain.fits", 1)
-    image = ((stars.astype(np.float64) + pedestal) * factor).astype(dtype)
-    found, scaled_level, scaled_noise = products(image, "scaled.fits", factor)
+    plain, level, noise = products(0, 1, "plain.fits")
+    found, scaled_level, scaled_noise = products(pedestal, factor, "scaled.fits")
     assert len(plain) == 6
     assert_array_equal(found.npix, plain.npix)
     for name in SEP_FIELDS:
-        scaled = plain[name] * (factor if name in FLUXES else 1)
+        scaled = plain[name] * (factor if name in LEVELS else 1)
         assert_allclose(found[name], scaled, rtol=2e-3, atol=1e-5, err_msg=name)
     rtol = 2e-3 if pedestal else 1e-3
-    assert_allclose(found[MEASURED_FLUXES] / factor, plain[MEASURED_FLUXES], rtol=rtol)
+    assert_allclose(found[FLUXES] / factor, plain[FLUXES], rtol=rtol)
     assert_allclose(found[FREE_OF_SCALE], plain[FREE_OF_SCALE], rtol=rtol)
     assert_allclose(found["background"] / factor - pedestal, plain["background"], atol=0.05)
     shift = -2.5 * math.log10(factor)
@@ -376,21 +370,20 @@ def test_second_pass_changes_nothing_in_empty_sky_or_with_sources_everywhere(run
     assert twice.code == 0
 
 
-def test_second_pass_respects_the_mask(run, write, stars):
-    stars[40:90, 60:110] += 1000
-    result = run(write(stars), "--mask-box", 60, 109, 40, 89, "--background-passes", 2)
-    assert np.abs(result.image("background") - 100).max() < 1
-
-
 @pytest.mark.parametrize("passes", [1, 2])
-def test_every_pass_masks_what_has_no_noise(stars, passes):
-    noise, block = np.ones(SHAPE, np.float32), np.s_[40:90, 60:110]
+@pytest.mark.parametrize("way", ["mask", "noise"])
+def test_every_pass_leaves_out_what_is_masked_or_has_no_noise(run, write, stars, way, passes):
+    block = np.s_[40:90, 60:110]
+    stars[block] += 1000
+    noise = np.ones_like(stars)
     noise[block] = 0
-    method = Method(DEFAULT_KERNEL, "file", passes, BackgroundSettings(), ExtractionSettings())
-    image = stars, np.zeros(SHAPE, bool), noise, method
-    mask = subtract_background(*image, saturation=math.nan, threads=1).mask
-    assert mask[block].all()
-    assert np.count_nonzero(mask) == mask[block].size
+    options = {
+        "mask": ("--mask-box", 60, 109, 40, 89),
+        "noise": ("--err-option", "file", "--err-file", write(noise, "noise.fits")),
+    }[way]
+    result = run(write(stars), *options, "--background-passes", passes)
+    assert np.abs(result.image("background") - 100).max() < 1
+    assert f"{100 * 2500 / stars.size:.2f} %" in result.out
 
 
 # How deep a noise image goes with a matched filter
