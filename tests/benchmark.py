@@ -19,8 +19,7 @@ is not timed: the memory of all its processes is read then. Prints a table for e
     bytes a pixel  by which the peak grows from the smallest image to one of 4096 x 4096 or more
     found          sources in the catalogue: they tell whether the work was the same
 
-A sky of 32768 x 32768 pixels and its products take 20 GB of disk (TMPDIR says where). Exits with 1
-if a program failed.
+Exits with 1 if a program failed.
 """
 
 import argparse
@@ -42,10 +41,7 @@ import sextractor
 
 TOOL = Path(__file__).resolve().parents[1] / "source_extractor.py"
 
-LEVEL, RISE = 100.0, (5.0, -3.0)  # of the background: at the centre; across the image in x, in y
 DENSITY = 2500  # pixels for each source
-BAND = 1024  # rows of a sky that are made at a time
-BORDER = 100  # rows; no source reaches further
 INTERVAL = 0.02  # seconds between two looks at the memory
 LARGE = 4096  # pixels on a side
 
@@ -89,30 +85,19 @@ def command(name, image, output):
 def write_sky(path, size):
     """Write a simulated sky of `size` x `size` float32 pixels; return how many sources it has.
 
-    It may be larger than memory. The imports are here because this runs in a process of its own: a
-    command's peak memory is never less than that of the process that starts it.
+    The imports are here because this runs in a process of its own: a command's peak memory is never
+    less than that of the process that starts it.
     """
     import numpy as np
     from astropy.io import fits
 
     from sky import light, random_sources, tan_wcs
 
-    header = fits.Header([("SIMPLE", True), ("BITPIX", -32), ("NAXIS", 2)])
-    header.update(NAXIS1=size, NAXIS2=size)
-    header.update(tan_wcs((size, size)).to_header())
-    sources = random_sources((size, size), size * size // DENSITY, seed=1)
-    rng = np.random.default_rng(seed=2)
-    with fits.StreamingHDU(path, header) as stream:
-        for first in range(0, size, BAND):
-            rows = min(BAND, size - first)
-            y = sources["y"] - first
-            near = sources[(y > -BORDER) & (y < rows + BORDER)]
-            near["y"] -= first
-            level = LEVEL + RISE[1] * ((first + rows / 2) / size - 0.5)
-            rise = RISE[0], RISE[1] * rows / size
-            image = light((rows, size), near, level=level, gradient=rise)
-            image += rng.standard_normal(image.shape, dtype=np.float32)
-            stream.write(image)
+    shape = (size, size)
+    sources = random_sources(shape, size * size // DENSITY, seed=1)
+    image = light(shape, sources, level=100.0, gradient=(5.0, -3.0))
+    image += np.random.default_rng(seed=2).standard_normal(shape, dtype=np.float32)
+    fits.writeto(path, image, tan_wcs(shape).to_header())
     return len(sources)
 
 

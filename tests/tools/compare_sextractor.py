@@ -1,6 +1,6 @@
 """How close to SExtractor the tool is: both measure the same images with the same parameters.
 
-    tests/tools/compare_sextractor.py [--snr 10] [--seed 1] [IMAGE ...]
+    tests/tools/compare_sextractor.py [--seed 1] [IMAGE ...]
 
 Compares simulated skies and the first image of each FITS file given, its WCS reduced to the
 celestial part. Sources of S/N over 10 are to be found by both within half a pixel. Prints a row of
@@ -107,7 +107,7 @@ def differences(one, other):
     return gap
 
 
-def compare(one, other, snr):
+def compare(one, other, snr=10):
     """Compare the sources of S/N over `snr` in two catalogues.
 
     Return the parts of either's that the other has too, and the `differences` of those.
@@ -120,13 +120,13 @@ def compare(one, other, snr):
     return shares, differences(one.reset_index(drop=True), other.reset_index(drop=True))
 
 
-def report(name, image, header, snr):
+def report(name, image, header):
     """Print the row of one field; return if it is within the limits."""
     ours = run_tool(image, "--aperture-diameters", APERTURE, header=header).catalog
     theirs = run_sextractor(image, header)
-    shares, gaps = compare(ours, theirs, snr)
+    shares, gaps = compare(ours, theirs)
     transposed = run_sextractor(np.ascontiguousarray(image.T)).rename(columns={"x": "y", "y": "x"})
-    _, itself = compare(transposed, theirs, snr)
+    _, itself = compare(transposed, theirs)
     columns = [gaps[column] for column in LIMITS] + [itself["flux_auto"]]
     cells = (" / ".join(f"{gap.quantile(part):.4f}" for part in (0.5, 0.9)) for gap in columns)
     print(
@@ -158,7 +158,6 @@ def main(argv=None):
     """Compare all fields; return 1 if one is beyond the limits."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("images", nargs="*", metavar="IMAGE", type=Path, help="FITS images")
-    parser.add_argument("--snr", type=float, default=10, help="compare sources over this")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     fields = {
@@ -169,7 +168,7 @@ def main(argv=None):
     units = [f"{column} ({COMPARED[column][1]})" for column in LIMITS]
     print(row_of("field", "sources", "matched", *units, "flux_auto of itself (%)"))
     print("|---|" + "---:|" * (len(LIMITS) + 3))
-    good = [report(name, *field, args.snr) for name, field in fields.items()]
+    good = [report(name, *field) for name, field in fields.items()]
     limits = (f"{limit:g}" for limit in LIMITS.values())
     print(row_of("limit of the median", "", f"{LEAST_MATCHED:.0%}", *limits, ""))
     return 0 if all(good) else 1

@@ -1,13 +1,12 @@
 """Data that people have and that are hard: what the tool makes of them, against what is true.
 
-    tests/tools/hard_cases.py [--seed 1] [WORD ...]
+    tests/tools/hard_cases.py [--seed 1]
 
-Makes images for each case (only those with one of the words in their names), runs the tool and,
-where it is installed, SExtractor on them, and prints a Markdown table. Exits with 1 if a value of
-the tool is beyond its limits; such cells end with an exclamation mark. A source and a detection are
-the same if they are each other's nearest, within 2 pixels: "found" is the part of the sources for
-which there is one, "spurious" the number of the other detections. "Warned" is 1 if the tool's
-warnings name the option that helps.
+Makes images for each case, runs the tool and, where it is installed, SExtractor on them, and prints
+a Markdown table. Exits with 1 if a value of the tool is beyond its limits; such cells end with an
+exclamation mark. A source and a detection are the same if they are each other's nearest, within 2
+pixels: "found" is the part of the sources for which there is one, "spurious" the number of the
+other detections. "Warned" is 1 if the tool's warnings name the option that helps.
 """
 
 import argparse
@@ -306,16 +305,14 @@ def apertures_and_errors(seed):
 def main(argv=None):
     """Run the cases, print their table; return 1 if a value of the tool is beyond its limits."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("words", nargs="*", metavar="WORD", help="only cases named like this")
     parser.add_argument("--seed", type=int, default=1)
     args, good = parser.parse_args(argv), True
     print(row_of("case", "measured", "limits", "tool", "SExtractor"))
     print("|---|---|---:|---:|---:|")
     for name, rows_of in CASES.items():
-        if not args.words or any(word in name for word in args.words):
-            for number, (within, cells) in enumerate(rows_of(args.seed)):
-                good &= within
-                print(row_of("" if number else name, *cells), flush=True)
+        for number, (within, cells) in enumerate(rows_of(args.seed)):
+            good &= within
+            print(row_of("" if number else name, *cells), flush=True)
     return int(not good)
 
 

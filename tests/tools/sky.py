@@ -10,9 +10,6 @@ With a FWHM of two pixels or more the pixels of a source add up to its flux to 0
 Positions are SEP's: x is the column, y the row, 0-based, pixel centres at integers; arrays have
 the shape (ny, nx), and theta runs from +x towards +y, in radians. Lengths are in pixels, fluxes and
 levels in image units.
-
->>> sources = vstack([stars(20.0, 30.0, 1e4), galaxies(60.3, 40.8, 2e4, n=4, a=3.0, b=2.0)])
->>> image, truth = simulate((80, 100), sources, seed=1, level=100.0, noise=2.0)
 """
 
 from functools import cache
@@ -144,8 +141,7 @@ def simulate(
     (electrons for one image unit) sources and background have Poisson noise too.
 
     Columns are added for ``ra`` and ``dec`` in degrees, nan without `wcs`, and for ``r50``, the
-    radius of the circle that holds half of the flux. An aperture spreads each pixel's flux over its
-    square, and finds about r50 * sqrt(1 + 0.46 / fwhm**2) for a star.
+    radius of the circle that holds half of the flux.
     """
     rng = np.random.default_rng(seed)
     image = light(shape, sources, **background)

@@ -1,10 +1,9 @@
 """How right the measurements are: simulated skies, measured by the tool, against what is true.
 
-    tests/tools/truth.py [--seed 1] [--snr 5 10 20 ...] [WORD ...]
+    tests/tools/truth.py [--seed 1] [--snr 5 10 20 ...]
 
-Prints a Markdown table: for each sky (only those with one of the words in their names), a row for
-each range of signal-to-noise. Exits with 1 if the pull of isolated Gaussian stars in white noise
-has not a width of 0.8 to 1.25.
+Prints a Markdown table: for each sky a row for each range of signal-to-noise. Exits with 1 if the
+pull of isolated Gaussian stars in white noise has not a width of 0.8 to 1.25.
 
 Rows go by the true signal-to-noise ratio: that of the best possible measurement of a source's
 flux, which weighs the pixels with the source's own profile. The columns:
@@ -168,8 +167,7 @@ def observe(sky, seed):
 def compare(catalog, truth):
     """Return a row for each matched source: its true S/N, and what was measured against truth.
 
-    Positions are in units of FWHM / 2.355 / SNR (a galaxy's FWHM taken as twice its half-light
-    radius, which it is for a Gaussian), sizes and `flux` relative to the true ones.
+    Units are those of the table that the head of this file explains.
     """
     i, j = match(catalog, truth, RADIUS)
     found, true = catalog.iloc[i].reset_index(drop=True), truth.iloc[j].reset_index(drop=True)
@@ -226,7 +224,6 @@ def row_of(*cells):
 def main(argv=None):
     """Make the skies, print their table; return 1 if the errors of the fluxes are wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("words", nargs="*", metavar="WORD", help="only skies named like this")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--snr", type=float, nargs="+", default=BINS, help="ends of the ranges")
     args = parser.parse_args(argv)
@@ -234,8 +231,6 @@ def main(argv=None):
     print(row_of("sky", "S/N", "sources", "complete", "pure", *COLUMNS))
     print("|---|---|" + "---:|" * (len(COLUMNS) + 3))
     for name, make in SKIES.items():
-        if args.words and not any(word in name for word in args.words):
-            continue
         catalog, truth = observe(make(seed=args.seed), args.seed)
         for number, cells in enumerate(summarize(catalog, truth, args.snr)):
             print(row_of("" if number else name, *cells), flush=True)
