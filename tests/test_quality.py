@@ -90,6 +90,8 @@ def test_padding_costs_a_warning_with_its_value_and_as_blank_is_like_nan(run, wr
     ((part, told, again),) = re.findall(said, run(padded).err)
     assert int(part) == round(100 * outside.mean())
     assert float(told) == float(again) == value
+    mask = write((np.random.default_rng(1).random(image.shape) < 0.1).astype("u1"), "mask.fits")
+    assert f"are exactly {told}" in run(padded, "--mask", mask).err
     nan = run(write(np.where(outside, np.nan, image).astype("f4"))).catalog
     result = run(padded, "--blank", -5, "--blank", value)
     assert result.catalog.equals(nan)
@@ -148,13 +150,6 @@ def test_a_background_that_is_cut_off_at_0_is_no_padding(run, write):
     assert "are exactly 0.0" in run(write(padded, "padded.fits"), *options).err
 
 
-def test_padding_is_told_though_pixels_of_it_are_masked(run, write, mosaic):
-    image, outside = mosaic
-    path = write(np.where(outside, 0, image).astype("f4"))
-    mask = (np.random.default_rng(1).random(image.shape) < 0.1).astype("u1")
-    assert "are exactly 0.0" in run(path, "--mask", write(mask, "mask.fits")).err
-
-
 # Saturation
 
 
@@ -180,6 +175,7 @@ def test_saturated_stars_are_flagged_by_the_option_or_the_header(run, write, sat
         (plain, ("--saturation", 900.5), 0, "900.5"),
         (headed, (), 4, "900"),
         (headed, ("--saturation", 5000), 0, "5000"),
+        (plain, ("--measure-image", headed), 4, "900"),
     ):
         result = run(path, *options, "--thresh", 5)
         assert flags(result) == [0, expected, 0]
@@ -196,9 +192,3 @@ def test_a_saturate_that_is_no_level_is_left_out(run, write, saturated, value):
     assert result.code == 0
     assert flags(result) == [0, 0, 0]
     assert "saturation" not in result.out
-
-
-def test_saturation_of_the_image_to_measure_counts_too(run, write, saturated):
-    other = write(saturated, "other.fits", SATURATE=900.0)
-    result = run(write(saturated), "--measure-image", other, "--thresh", 5)
-    assert flags(result) == [0, 4, 0]
