@@ -16,8 +16,7 @@ from contract import DEFAULTS, FIVE, NINE, NOT_IN_HISTORY, ON_REQUEST
 # Which and where
 
 
-def test_the_five_products_are_written_by_default_and_replace_older_ones(run, write, stars):
-    image = write(stars)
+def test_the_five_products_are_written_by_default_and_replace_older_ones(run, image):
     first = tree(run(image, "--thresh", 1000).directory)
     again = tree(run(image).directory)
     assert set(first) == set(again) == FIVE
@@ -30,10 +29,8 @@ def test_only_the_requested_product_joins_the_five(option, name):
     assert {path.name for path in source_extractor.product_paths(args).values()} == FIVE | {name}
 
 
-def test_products_go_to_the_working_directory_or_to_one_that_is_made(
-    write, stars, tmp_path, monkeypatch
-):
-    image, here = write(stars), tmp_path / "here"
+def test_products_go_to_the_working_directory_or_to_one_that_is_made(image, tmp_path, monkeypatch):
+    here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     extract(image)
@@ -78,8 +75,7 @@ def test_image_format_goes_by_option_then_by_extension(write, stars, tmp_path, o
         np.testing.assert_array_equal(found, pixels)
 
 
-def test_products_get_the_permissions_that_the_umask_leaves(write, stars, tmp_path):
-    image = write(stars)
+def test_products_get_the_permissions_that_the_umask_leaves(image, tmp_path):
     before = os.umask(0o027)
     try:
         extract(image, *all_nine(tmp_path / "products"))

@@ -90,8 +90,7 @@ def test_a_path_may_hold_anything(write, stars, tmp_path, monkeypatch, capsys, n
     assert str(tmp_path) not in f"{history}{said.out}"
 
 
-def test_two_runs_at_once_in_one_directory_do_not_meet(write, stars, tmp_path):
-    image = write(stars)
+def test_two_runs_at_once_in_one_directory_do_not_meet(image, tmp_path):
     command, runs = [sys.executable, SCRIPT, image, "-q"], []
     for run in "ab":
         own = [f"{source_extractor.option_of(name)}={name}{run}.x" for name in PRODUCTS]
