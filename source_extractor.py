@@ -20,7 +20,7 @@ import gc
 import gzip
 import io
 import itertools
-import logging
+import logging.handlers
 import math
 import multiprocessing
 import operator
@@ -32,6 +32,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -73,6 +74,14 @@ def one_line(text):
 class InputError(Exception):
     """Input that can't be used; its message says what is wrong and what to do, in one line."""
 
+    exit_code = 1
+
+
+class OutOfMemoryError(InputError):
+    """An image that needs more memory than there is."""
+
+    exit_code = 3
+
 
 @contextmanager
 def about(name):
@@ -80,7 +89,7 @@ def about(name):
     try:
         yield
     except InputError as error:
-        raise InputError(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
 @contextmanager
@@ -212,6 +221,7 @@ class Origin:
     black: int | None = None  # largest stored value, which is black, if a TIFF stores white as 0
     palette: bool = False  # True if pixels are indices of colours that aren't sorted by brightness
     product: str | None = None  # name of the product, if the file was written by this tool
+    plane: int | None = None  # --plane, if given
     saturation: float = math.nan  # SATURATE, or --saturation
 
 
@@ -244,10 +254,11 @@ def reading(path):
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # of the file itself
             raise InputError(f"{path}: {error.strerror}") from error
-        text = f"can't be read ({one_line(error) or type(error).__name__}); get a new copy"
+        text, kind = f"can't be read ({one_line(error) or type(error).__name__})", InputError
+        text += "; get a new copy"
         if isinstance(error, MemoryError):
-            text = "too large for the memory; cut the image into parts"
-        raise InputError(f"{path.name}: damaged, incomplete, or {text}") from error
+            text, kind = "too large for the memory; cut the image into parts", OutOfMemoryError
+        raise kind(f"{path.name}: damaged, incomplete, or {text}") from error
 
 
 def try_to_open(path, opened):
@@ -346,7 +357,7 @@ def read_plane(path, hdu=None, plane=None, *, single_serves_all=False):
         indices = choose_plane(stack, plane, single_serves_all)
         with reading(path):  # `reshape` fails if damaged pages have another shape
             pixels = stack.read(indices).reshape([stack.shape[n] for n in sorted(stack.image_axes)])
-    return stack.origin, pixels.transpose(np.argsort(stack.image_axes))
+    return replace(stack.origin, plane=plane), pixels.transpose(np.argsort(stack.image_axes))
 
 
 def choose_plane(stack, plane, single_serves_all):
@@ -372,7 +383,7 @@ def choose_plane(stack, plane, single_serves_all):
     needed = 3 * to_float(np.empty(0, stack.origin.dtype)).itemsize * rows * columns
     if needed > memory_limit():
         text = f"{columns} x {rows} pixels need {needed / 1e9:.1f} GB of memory, more than there is"
-        raise InputError(f"{name}: {text}; cut the image into parts")
+        raise OutOfMemoryError(f"{name}: {text}; cut the image into parts")
     indices = enumerate(map(int, np.unravel_index(plane, planes_shape)))
     return tuple(slice(None) if axis in stack.image_axes else index for axis, index in indices)
 
@@ -652,16 +663,17 @@ def to_float(data):
 
 
 @timed("read image")
-def read_image(path, hdu=None, plane=None, blank=()):
+def read_image(path, hdu=None, plane=None, blank=(), allow_product=False):
     """Read the plane to work on; parameters, returns and errors as in `read_plane`.
 
     The pixels are float64 if the file has float64 or integers of more than 16 bits, else float32.
-    Pixels with one of the values in `blank` become nan.
+    Pixels with one of the values in `blank` become nan. A product of this tool, except the
+    background-subtracted image, is refused unless `allow_product`.
     """
     origin, stored = read_plane(path, hdu, plane)
-    if origin.product:
-        text = "%s: its HISTORY says it is the %s of an earlier run; is it the right image?"
-        log.warning(text, origin.name, origin.product)
+    if origin.product not in (None, "subtracted") and not allow_product:
+        text = f"it is the {origin.product} product of an earlier run; choose the original image"
+        raise InputError(f"{origin.name}: {text}, or allow this one with --allow-product")
     if origin.palette:
         text = "its pixels are indices of a colour palette; convert it to grey or to RGB"
         raise InputError(f"{origin.name}: {text}")
@@ -686,7 +698,8 @@ def read_aligned(path, hdu, plane, shape):
 def require_shape(origin, pixels, shape):
     """Raise InputError unless the pixels have the shape (ny, nx) of the image."""
     if pixels.shape != shape:
-        text = f"its shape (rows, columns) is {pixels.shape}, the image's {shape}"
+        (rows, columns), (ny, nx) = pixels.shape, shape
+        text = f"it has {columns} x {rows} pixels (columns x rows), the image has {nx} x {ny}"
         raise InputError(f"{origin.name}: {text}; give a file that was made for this image")
 
 
@@ -723,13 +736,13 @@ def read_noise(path, hdu, plane, kind, shape):
     return noise
 
 
-def read_measure_image(path, hdu, plane, blank, origin, shape):
+def read_measure_image(path, hdu, plane, blank, origin, shape, allow_product=False):
     """Read the image in which the sources of the image from `origin` are measured.
 
     It must have the same shape (ny, nx); a warning is logged if its WCS is not aligned. Otherwise
     as `read_image`.
     """
-    measure_origin, pixels = read_image(path, hdu, plane, blank)
+    measure_origin, pixels = read_image(path, hdu, plane, blank, allow_product)
     require_shape(measure_origin, pixels, shape)
     if origin.wcs and measure_origin.wcs:
         from astropy.utils import iers
@@ -1208,10 +1221,11 @@ def run_jobs(jobs, processes):
             for process in multiprocessing.active_children():
                 process.kill()
             if isinstance(error, BrokenProcessPool | OSError):
-                killed = isinstance(error, BrokenProcessPool)
-                reason = "one was killed" if killed else one_line(error)
+                reason, kind = one_line(error), InputError
+                if isinstance(error, BrokenProcessPool):
+                    reason, kind = "one was killed", OutOfMemoryError
                 text = f"worker processes failed ({reason}); if memory is short, try fewer"
-                raise InputError(f"{text} (--threads)") from error
+                raise kind(f"{text} (--threads)") from error
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -1916,8 +1930,51 @@ class Result:
     found: Detections
     catalog: "DataFrame"
     columns: tuple[Column, ...]  # of the catalogue, with their units
+    seeds: np.ndarray | None  # see `seed_map`, if they are a product
+    warning: str  # the most important one, for the picture
     settings: list[str]  # lines for the history of the products
     image_format: str | None  # "fits", "tiff", or None to go by the file extension
+
+
+def seed_map(labels):
+    """Return a map (ny, nx) that is 255 at a seed for each label, else 0, as uint8.
+
+    Each seed is 4-connected, and no two of them touch, not even diagonally. Of two labels that
+    touch, the larger gives up the pixels that do. A label may have no others, and no seed then.
+    """
+    labels = largest_parts(labels)
+    rank = np.argsort(np.argsort(np.bincount(labels.ravel()), kind="stable"))  # by area
+    seeds, (ny, nx) = labels.copy(), labels.shape
+    for dx, dy in (1, 0), (0, 1), (1, 1), (-1, 1):
+        one = np.s_[: ny - dy, max(-dx, 0) : nx - max(dx, 0)]
+        other = np.s_[dy:, max(dx, 0) : nx + min(dx, 0)]
+        touching = np.nonzero((labels[one] != labels[other]) & (labels[one] * labels[other] != 0))
+        larger = rank[labels[one][touching]] > rank[labels[other][touching]]
+        seeds[one][touching] *= ~larger
+        seeds[other][touching] *= larger
+    return np.where(largest_parts(seeds), 255, 0).astype(np.uint8)
+
+
+def largest_parts(labels):
+    """Return a map of labels (ny, nx) with the largest 4-connected part of each, else 0."""
+    padded = np.pad(labels, ((0, 0), (0, 1)))  # so that no row continues in the next one
+    places, links = np.flatnonzero(padded), []
+    label, part = padded.flat[places], np.arange(len(places))
+    for step in 1, padded.shape[1]:
+        following = np.searchsorted(places[:-1], places + step)
+        linked = (places[following] == places + step) & (label[following] == label)
+        links.append((part[linked], following[linked]))
+    one, other = np.hstack(links)
+    while (part[one] != part[other]).any():  # a part gets the lowest number of its pixels
+        low, high = np.sort([part[one], part[other]], axis=0)
+        np.minimum.at(part, high, low)
+        while (part[part] != part).any():
+            part = part[part]
+    areas = np.bincount(part)
+    numbers = np.argsort(-areas, kind="stable")[: np.count_nonzero(areas)]
+    _, largest = np.unique(label[numbers], return_index=True)
+    padded.flat[places[~np.isin(part, numbers[largest])]] = 0
+    return padded[:, :-1]
 
 
 def write_image(product, path, result):
@@ -1935,11 +1992,14 @@ def write_image(product, path, result):
             values = result.found.segmentation
         case "subtracted":
             values = result.field.frame.differences(result.field.residual)
+        case "seeds":
+            values = result.seeds
     if values.dtype == np.float64 and result.origin.dtype != "float64":
         values = values.astype(np.float32)
     history = [f"{SIGNATURE}: {product}", *result.settings]
     wcs, unit = result.origin.wcs, result.origin.unit
-    if (result.image_format or path.suffix.lower()) in ("tiff", ".tiff", ".tif"):
+    image_format = None if product == "seeds" else result.image_format
+    if (image_format or path.suffix.lower()) in ("tiff", ".tiff", ".tif"):
         import tifffile
 
         if product == "segmentation":
@@ -1951,7 +2011,7 @@ def write_image(product, path, result):
         # astropy swaps bytes in place, which must not happen to arrays that other products use.
         shared = product in ("segmentation", "subtracted")
         hdus[0].data = values.copy() if shared else values
-        if unit and product != "segmentation":
+        if unit and product not in ("segmentation", "seeds"):
             hdus[0].header["BUNIT"] = unit
         for line in history:
             hdus[0].header.add_history(line)
@@ -2024,13 +2084,14 @@ PICTURE_SIDE = 1000  # pixels; larger images are averaged in blocks before they 
 
 
 @contextmanager
-def figure_at(path, **keywords):
+def figure_at(path, font_size=10, **keywords):
     """Yield a figure in matplotlib's default style, whatever the user's settings; then write it."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
+        matplotlib.rcParams["font.size"] = font_size
         figure = Figure(**keywords)
         yield figure
         # Higher levels take longer and make the file hardly smaller.
@@ -2112,12 +2173,18 @@ def stretch(values):
 
 
 def draw_overlay(path, result):
-    """Draw the picture of the sources (PNG)."""
+    """Draw the picture of the sources (PNG), with the most important warning below its title."""
     width, height = panel_size(result.field.mask.shape)
-    whole = max(width + 1, 3.3), height + 1.1  # wide enough for the title
-    place = np.divide([0.8, 0.6, width, height], [*whole, *whole])
-    with figure_at(path, figsize=whole, dpi=120) as figure:
-        show_sources(figure.add_axes(place, anchor="W"), result)
+    whole = max(width + 1, 3.3)  # wide enough for the title
+    warning = textwrap.wrap(result.warning, int(13 * (whole - 1)))
+    size = whole, height + 1.1 + 0.18 * len(warning)
+    place = np.divide([0.8, 0.6, width, height], [*size, *size])
+    with figure_at(path, figsize=size, dpi=120) as figure:
+        axes = figure.add_axes(place, anchor="W")
+        show_sources(axes, result)
+        axes.set_title(axes.get_title("left"), loc="left", y=1, pad=6 + 0.18 * 72 * len(warning))
+        at = {"xycoords": "axes fraction", "xytext": (0, 4), "textcoords": "offset points"}
+        axes.annotate("\n".join(warning), (0, 1), **at, color="red", linespacing=1.25)
 
 
 def draw_overview(path, result):
@@ -2126,13 +2193,14 @@ def draw_overview(path, result):
 
     field, (objects, labels) = result.field, result.found
     width, height = panel_size(labels.shape)
-    whole = 2 * width + 3, 2 * height + 1.5
+    whole = 2 * width + 5, 2 * height + 3
     colours = np.random.default_rng(0).uniform(0.3, 1, (len(objects) + 1, 3))
     colours[0] = 0
     in_colours = {"cmap": ListedColormap(colours), "vmin": 0, "vmax": len(objects)}
     tops, lefts = block_edges(labels.shape)
     largest = np.maximum.reduceat(np.maximum.reduceat(labels, tops), lefts, axis=1)
-    with figure_at(path, figsize=whole, dpi=85, layout="compressed") as figure:
+    # Large letters, as the picture is mostly looked at with half of its pixels.
+    with figure_at(path, font_size=22, figsize=whole, dpi=75, layout="compressed") as figure:
         panels = figure.subplots(2, 2).ravel()
         figure.colorbar(show_sources(panels[0], result), ax=panels[0])
         for axes, title, picture, style in (
@@ -2159,6 +2227,7 @@ PRODUCTS = {
     "overlay": Product("sources.png", "PNG of the sources as ellipses", draw_overlay),
     "catalog": Product("catalog.tsv", "catalogue", write_catalog),
     "subtracted": Product("", "background-subtracted image", partial(write_image, "subtracted")),
+    "seeds": Product("", "white seeds of the sources on black", partial(write_image, "seeds")),
     "catalog_fits": Product("", "catalogue as FITS table with units", write_catalog_fits),
     "regions": Product("", "DS9 region file", write_regions),
     "overview": Product("", "PNG: sources, background, RMS, segmentation", draw_overview),
@@ -2263,6 +2332,9 @@ def move_into_place(paths, targets):
 # Advice
 # ---------------------------------------------------------------------------------------------
 # Each `..._advice` returns one line about a likely mistake, or None.
+
+# Levels of warnings, besides logging.WARNING; the picture shows one of the highest level.
+DATA_WARNING, BACKGROUND_WARNING = 32, 31  # on hidden or spoiled data, and on the background
 
 
 def padding_value(pixels, mask):
@@ -2381,6 +2453,14 @@ def boxes_advice(field, found):
     )
 
 
+def seeds_advice(found, seeds):
+    """Warn of sources without a seed, as their pixels all touch those of smaller ones."""
+    if seeds is None:
+        return None
+    lost = len(found.objects) - len(np.unique(found.segmentation[seeds > 0]))
+    return f"sources without a seed, as all their pixels touch others: {lost}" if lost else None
+
+
 def no_sources_advice(field, found):
     """Warn if there are no sources."""
     if field.is_noiseless():
@@ -2411,6 +2491,24 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=Fa
         raise argparse.ArgumentTypeError(f"{text.strip()!r} is not {wanted}")
 
     return convert
+
+
+def words_of(path):
+    """Return a function that replaces options in a text by section and label in a form (XML)."""
+    from xml.etree import ElementTree
+
+    labels = {}
+    try:
+        inputs = ElementTree.parse(path).find("inputs")
+        for section in (inputs, *inputs.iter("section")):
+            place = section.get("title", "").partition(":")[0]
+            for item in section.iter():
+                option = item.get("argument") or option_of(item.get("name", ""))
+                label = item.get("label") or item.get("title")
+                labels[option] = f'"{place}: {label}"' if place else f'"{label}"'
+    except (OSError, ElementTree.ParseError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: not a Galaxy form ({error})") from error
+    return partial(re.sub, "--[a-z-]*[a-z]", lambda found: labels.get(found[0], found[0]))
 
 
 class Parser(argparse.ArgumentParser):
@@ -2477,6 +2575,8 @@ def build_parser():
 
     group = parser.add_argument_group("input")
     add = partial(add_option, group)
+    text = "accept a background, an RMS or a map that this tool has made, too, as an image"
+    group.add_argument("--allow-product", action="store_true", help=text)
     add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)", "HDU")
     add("--plane", number(int, 0), "plane of a cube or stack, from 0", "INDEX")
     add("--mask", Path, "mask image, FITS or TIFF, of the same shape")
@@ -2549,13 +2649,16 @@ def build_parser():
         default = product.default.format(".fits or .tiff")
         note = f"default: {default}" if default else "on request"
         add(option_of(name), Path, f"{product.text} ({note})")
-    add("--image-format", ("fits", "tiff"), "of images (default: by file extension, else fits)")
+    text = "of images except seeds; input: that of IMAGE (default: by file extension, else fits)"
+    add("--image-format", ("fits", "tiff", "input"), text)
 
     group = parser.add_argument_group("general")
     volume = group.add_mutually_exclusive_group()
+    add = partial(add_option, group)
+    text = "name options in messages by their labels in this Galaxy wrapper (XML)"
+    add("--form", words_of, text, "FILE")
     volume.add_argument("-v", "--verbose", action="store_true", help="show stages and times")
     volume.add_argument("-q", "--quiet", action="store_true", help="show nothing but errors")
-    add = partial(add_option, group)
     add("--threads", number(int, 1, 1024), "number of processes", "NUMBER")
     group.add_argument("--version", action="version", version=SIGNATURE)
     return parser
@@ -2605,15 +2708,18 @@ def product_paths(args):
 
 
 @timed("all")
-def run(args):
-    """Process an image: read, find, measure, write."""
+def run(args, warned):
+    """Process an image: read, find, measure, write.
+
+    `warned` has the log records of all warnings until now, also of those that come later.
+    """
     mesh, extraction, photometry = (
         kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
         for kind in (BackgroundSettings, ExtractionSettings, PhotometrySettings)
     )
     kernel = make_kernel(args.filter_case, args.filter_fwhm, args.filter_file)
     method = Method(kernel, args.err_option, args.background_passes, mesh, extraction, args.bridge)
-    origin, pixels = read_image(args.image, args.hdu, args.plane, args.blank)
+    origin, pixels = read_image(args.image, args.hdu, args.plane, args.blank, args.allow_product)
     shape, mask, noise, measure_origin = pixels.shape, None, None, origin
     if args.mask:
         chosen = args.mask, args.mask_hdu, args.plane
@@ -2622,7 +2728,9 @@ def run(args):
         noise = read_noise(args.err_file, args.err_hdu, args.plane, args.err_type, shape)
     if args.measure_image:
         chosen = args.measure_image, args.measure_hdu, args.measure_plane
-        measure_origin, measure_pixels = read_measure_image(*chosen, args.blank, origin, shape)
+        measure_origin, measure_pixels = read_measure_image(
+            *chosen, args.blank, origin, shape, args.allow_product
+        )
     if args.saturation is not None:
         both = origin, measure_origin
         origin, measure_origin = (replace(each, saturation=args.saturation) for each in both)
@@ -2633,24 +2741,24 @@ def run(args):
         with about(origin.name):
             excluded = build_mask(pixels, mask, noise, args.mask_box)
             padding, values = padding_value(pixels, excluded), sample(pixels, excluded)
-            report_image(origin, pixels, excluded)
+            lines = describe_image(origin, pixels, excluded)
             field = measure_field = subtract_background(
                 pixels, excluded, noise, method, origin.saturation, args.threads
             )
-            report_field(field)
+            lines += describe_field(field)
             counts = counts_advice(field, values[values != padding])
             if field.is_noiseless() and counts:
                 raise InputError(counts)
             found = find_sources(field, args.threads)
-            log.info("sources       %d", len(found.objects))
-            advice = [padding_advice(origin, padding, values), depth_advice(field), counts]
-            advice += [mask_advice(field), boxes_advice(field, found)]
-            for text in filter(None, [*advice, no_sources_advice(field, found)]):
-                log.warning(text)
+            seeds = seed_map(found.segmentation) if args.seeds else None
+            data = padding_advice(origin, padding, values), counts, mask_advice(field)
+            warn(DATA_WARNING, *data, no_sources_advice(field, found))
+            warn(BACKGROUND_WARNING, boxes_advice(field, found))
+            warn(logging.WARNING, depth_advice(field), seeds_advice(found, seeds))
         if args.measure_image:
             with about(measure_origin.name):
                 excluded = build_mask(measure_pixels, mask, None, args.mask_box)
-                report_image(measure_origin, measure_pixels, excluded)
+                lines += describe_image(measure_origin, measure_pixels, excluded, "measured on")
                 level, measure_method = measure_origin.saturation, method.for_measuring()
                 measure_field = subtract_background(
                     measure_pixels, excluded, None, measure_method, level, args.threads
@@ -2661,12 +2769,26 @@ def run(args):
         catalog = build_catalog(
             columns, found, measured, field, measure_field, origin.wcs, photometry
         )
-        columns = name_units(columns, origin.unit, measure_origin.unit)
-        settings = describe_settings(args, origin)
-        result = Result(origin, field, found, catalog, columns, settings, args.image_format)
+        worst = max(warned, key=lambda record: record.levelno, default=None)
+        result = Result(
+            origin=origin,
+            field=field,
+            found=found,
+            catalog=catalog,
+            columns=name_units(columns, origin.unit, measure_origin.unit),
+            seeds=seeds,
+            warning=worst.getMessage() if worst else "",
+            settings=describe_settings(args, origin),
+            image_format=args.image_format,
+        )
         write_products(paths, targets, result, args.threads)
-    for product, path in targets.items():
-        log.info("%-13s %s", product, path.name)
+    report(found, warned, lines, targets)
+
+
+def warn(level, *texts):
+    """Log each text that is not None as a warning of this level."""
+    for text in filter(None, texts):
+        log.log(level, "%s", text)
 
 
 def subtract_background(pixels, mask, noise, method, saturation, threads):
@@ -2685,7 +2807,7 @@ def subtract_background(pixels, mask, noise, method, saturation, threads):
 
 def describe_settings(args, origin):
     """Return a line for each option that affects the results; file names without directories."""
-    left_out = {"output_dir", "image_format", "verbose", "quiet", "threads", *PRODUCTS}
+    left_out = {"output_dir", "image_format", "form", "verbose", "quiet", "threads", *PRODUCTS}
     options = vars(args) | {"hdu": origin.hdu}
     return [
         f"{name} = {value.name if isinstance(value, Path) else value!a}"
@@ -2694,75 +2816,111 @@ def describe_settings(args, origin):
     ]
 
 
-def report_image(origin, pixels, mask):
-    """Log what was read, how much is masked, and the header's beam and saturation level."""
+def describe_image(origin, pixels, mask, role="image"):
+    """Return lines on what was read, how much is masked, and the header's beam and saturation."""
     bad = np.count_nonzero(~np.isfinite(pixels[mask]))
-    masked = 100 * mask.mean()
-    log.info("image         %s: %d x %d %s", origin.name, *pixels.shape[::-1], origin.dtype)
-    log.info("masked        %.2f %% (%d pixels have no finite value)", masked, bad)
+    ny, nx = pixels.shape
+    plane = "" if origin.plane is None else f", plane {origin.plane}"
+    lines = [
+        f"{role:13} {origin.name}{plane}: {nx} x {ny} {origin.dtype}",
+        f"masked        {100 * mask.mean():.2f} % ({bad} pixels have no finite value)",
+    ]
     if origin.beam:
-        log.info("beam area     %.6g pixels; divide fluxes by it", origin.beam)
+        lines.append(f"beam area     {origin.beam:.6g} pixels; divide fluxes by it")
     if not math.isnan(origin.saturation):
-        log.info("saturation    %.6g", origin.saturation)
+        lines.append(f"saturation    {origin.saturation:.6g}")
+    return lines
 
 
-def report_field(field):
-    """Log level, noise and threshold in image values."""
+def describe_field(field):
+    """Return lines on level, noise and threshold in image values."""
     rms = field.frame.differences(global_rms(field.background))
-    log.info("background    %.6g, rms %.6g", field.level(), rms)
     times = field.method.extraction.thresh / field.depth()
     noise = np.median(sample(field.threshold_unit(), field.mask))
     thresh = field.frame.differences(times * float(noise))
     unit = "rms" if np.ndim(field.noise) == 0 else "noise, median"
     absolute = field.method.err_option == "none"
-    log.info("threshold     %.6g (%s)", thresh, "absolute" if absolute else f"{times:.4g} x {unit}")
+    return [
+        f"background    {field.level():.6g}, rms {rms:.6g}",
+        f"threshold     {thresh:.6g} ({'absolute' if absolute else f'{times:.4g} x {unit}'})",
+    ]
 
 
-def start_logging(args):
-    """Log reports to stdout and warnings to stderr, if these are open."""
+def report(found, warned, lines, targets):
+    """Log the number of sources, all warnings, these lines, and the names of the products.
+
+    Galaxy shows the first lines in its history.
+    """
+    log.info("sources       %d", len(found.objects))
+    for record in sorted(warned, key=lambda record: -record.levelno):
+        log.info("warning       %s", record.getMessage())
+    for line in lines:
+        log.info(line)
+    log.info("written       %s", ", ".join(path.name for path in targets.values()))
+
+
+def start_logging(args, words):
+    """Log reports to stdout and warnings to stderr, if these are open, all in the form's `words`.
+
+    Returns a list of the records of warnings, which grows with each.
+    """
+
+    def reword(record):
+        record.msg, record.args = words(record.getMessage()), ()
+        return True
+
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for file names that can't be encoded
     reports, problems = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     reports.addFilter(lambda record: record.levelno < logging.WARNING)
-    problems.setLevel(logging.WARNING)
     problems.setFormatter(logging.Formatter(f"{PROG}: warning: %(message)s"))
-    log.handlers, log.propagate = [reports, problems], False
-    log.setLevel(logging.ERROR if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
+    warned = logging.handlers.BufferingHandler(10**4)  # the picture has a warning even if quiet
+    reports.setLevel(logging.ERROR if args.quiet else logging.DEBUG)
+    problems.setLevel(logging.ERROR if args.quiet else logging.WARNING)
+    warned.setLevel(logging.WARNING)
+    log.handlers, log.filters, log.propagate = [reports, problems, warned], [reword], False
+    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     logging.raiseExceptions = False  # the process that reads stdout may have ended
     logging.captureWarnings(True)
     for library in ("py.warnings", "astropy", "matplotlib"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    return warned.buffer
 
 
 def main(argv=None):
-    """Run the tool on command line arguments; return the exit code, 0 or 1.
+    """Run the tool on command line arguments; return the exit code, 0, 1, or 3 (out of memory).
 
     Wrong arguments (code 2) and signals (128 plus their number) raise SystemExit.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    start_logging(args)
+    words = args.form or str
+    warned = start_logging(args, words)
     gc.disable()  # garbage collection takes 0.4 s during imports, and 0.6 s at exit
     atexit.register(gc.freeze)
     try:
         # Until there are files to remove, a signal ends the process at once.
         with handling_signals(signal.SIG_DFL):
+            if args.image_format == "input":
+                head = first_bytes(args.image, 4)
+                args.image_format = "tiff" if head.startswith(TIFF_MAGIC) else "fits"
             if problem := check_usage(args):
-                parser.error(problem)
-            run(args)
+                parser.exit(2, f"{PROG}: error: {words(one_line(problem))}\n")
+            run(args, warned)
         return 0
     except InputError as error:
-        problem = error
+        problem, exit_code = error, error.exit_code
     except MemoryError:
-        problem = f"{args.image}: not enough memory; cut the image into parts"
+        problem, exit_code = f"{args.image}: not enough memory; cut the image into parts", 3
     except Exception as error:
         log.debug("traceback", exc_info=True)
         reason = f"{type(error).__name__}: {error}"
         problem = f"{args.image}: internal error ({reason}); please report it with the output of -v"
-    print(f"{PROG}: error: {one_line(problem)}", file=sys.stderr)
-    return 1
+        exit_code = 1
+    print(f"{PROG}: error: {words(one_line(problem))}", file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ class Run:
     def image(self, product):
         return fits.getdata(self.directory / f"{product}.fits")
 
-    def assert_refused(self, *words):
-        """Demand exit code 1, one line on stderr with these words or names of paths, no product."""
-        assert self.code == 1
+    def assert_refused(self, *words, code=1):
+        """Demand an exit code, one line on stderr with these words or paths, and no product."""
+        assert self.code == code
         assert re.fullmatch(ONE_ERROR, self.err)
         for word in words:
             assert str(getattr(word, "name", word)) in self.err
@@ -74,8 +74,8 @@ def start_python(*arguments, **keywords):
     return subprocess.run([sys.executable, *arguments], check=False, text=True, **keywords)
 
 
-def all_nine(directory):
-    """Return the options that put all nine products into a directory."""
+def all_products(directory):
+    """Return the options that put all products into a directory."""
     requested = [word for option, name in ON_REQUEST.items() for word in (option, directory / name)]
     return ["-o", directory, *requested]
 

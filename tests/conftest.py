@@ -4,7 +4,7 @@ import pytest
 from astropy.io import fits
 
 import source_extractor
-from common import DATA, SHAPE, SKY, Run, all_nine, call, extract
+from common import DATA, SHAPE, SKY, Run, all_products, call, extract
 from sky import blobs, random_sources, simulate
 
 
@@ -61,13 +61,13 @@ def stars():
 
 
 @pytest.fixture(scope="session")
-def nine(tmp_path_factory):
-    """Return the directory of all nine products of the simulated sky, whose unit is nJy."""
-    directory = tmp_path_factory.mktemp("nine")
-    image = directory.with_name("nine.fits")
+def everything(tmp_path_factory):
+    """Return the directory of all products of the simulated sky, whose unit is nJy."""
+    directory = tmp_path_factory.mktemp("everything")
+    image = directory.with_name("everything.fits")
     fits.writeto(image, *fits.getdata(SKY, header=True))
     fits.setval(image, "BUNIT", value="nJy")
-    extract(image, "--aperture-diameters", 5, 7.5, *all_nine(directory))
+    extract(image, "--aperture-diameters", 5, 7.5, *all_products(directory))
     return directory
 
 

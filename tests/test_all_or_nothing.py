@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import source_extractor
-from common import SCRIPT, all_nine, call, extract, start_code, tree
-from contract import NINE, ONE_ERROR, one_line
+from common import SCRIPT, all_products, call, extract, start_code, tree
+from contract import ALL_PRODUCTS, ONE_ERROR, one_line
 from sky import blobs
 
 
@@ -26,10 +26,10 @@ def coarse_pictures():
 
 @pytest.fixture
 def old(tmp_path):
-    """Return a directory that holds older products, all nine."""
+    """Return a directory that holds older products, all of them."""
     directory = tmp_path / "results"
     directory.mkdir()
-    for name in NINE:
+    for name in ALL_PRODUCTS:
         (directory / name).write_text(f"old {name}")
     return directory
 
@@ -67,7 +67,7 @@ def test_a_failing_run_leaves_everything_as_it_was(
     (tmp_path / "link.fits").symlink_to("image.fits")
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
-    arguments = ["image.fits", *all_nine(old.relative_to(tmp_path)), *options]
+    arguments = ["image.fits", *all_products(old.relative_to(tmp_path)), *options]
     assert call(*arguments) == code
     assert re.fullmatch(ONE_ERROR, capsys.readouterr().err)
     assert tree(tmp_path) == before
@@ -87,7 +87,7 @@ def test_a_product_that_can_not_be_put_in_place_takes_the_others_back(
         put(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
-    assert call(image, *all_nine(old)) == 1
+    assert call(image, *all_products(old)) == 1
     said = capsys.readouterr().err
     assert re.fullmatch(one_line("error", r".*sources\.reg: can't be written.*"), said)
     assert tree(old) == before
@@ -109,7 +109,7 @@ sys.exit(source_extractor.main(sys.argv[1:]))
 
 def kill_while_drawing(number, image, output):
     """Send a signal to a run that is drawing; return its exit code, stderr, and hidden file."""
-    command = [sys.executable, "-c", SLOW, image, "-q", *all_nine(output)]
+    command = [sys.executable, "-c", SLOW, image, "-q", *all_products(output)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     def let_it_stop():  # in the background some signals are ignored
@@ -127,9 +127,9 @@ def kill_while_drawing(number, image, output):
 
 
 def assert_new(directory):
-    """Assert that a directory holds all nine products, and no old one."""
+    """Assert that a directory holds all products, and no old one."""
     found = tree(directory)
-    assert found.keys() >= set(NINE)
+    assert found.keys() >= set(ALL_PRODUCTS)
     assert not any(content.startswith(b"old") for content in found.values())
 
 
@@ -144,7 +144,7 @@ def test_a_run_that_is_killed_leaves_everything_as_it_was(write, stars, old, tmp
         assert tree(tmp_path) == before
     else:  # but for one hidden directory, beside which the next run succeeds
         assert before.items() <= tree(tmp_path).items()
-        extract(image, *all_nine(old))
+        extract(image, *all_products(old))
         assert list(old.glob(".*")) == [hidden]
         assert_new(old)
 
@@ -165,9 +165,9 @@ sys.exit(source_extractor.main(sys.argv[1:]))
 
 def test_a_signal_while_products_are_put_in_place_leaves_all_new_ones(write, stars, old):
     image = write(stars)
-    done = start_code(KILLED_WHILE_PUTTING_IN_PLACE, image, "-q", *all_nine(old))
+    done = start_code(KILLED_WHILE_PUTTING_IN_PLACE, image, "-q", *all_products(old))
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(tree(old)) == len(NINE)
+    assert len(tree(old)) == len(ALL_PRODUCTS)
     assert_new(old)
 
 

@@ -52,10 +52,10 @@ def assert_rounded(directory):
     return text
 
 
-def test_the_text_is_the_fits_table_to_ten_digits(nine):
-    number = fits.getdata(nine / "segmentation.fits").max()
-    assert list(assert_rounded(nine)["id"]) == [str(label) for label in range(1, number + 1)]
-    assert (nine / "catalog.tsv").read_text().count("\n") == 1 + number
+def test_the_text_is_the_fits_table_to_ten_digits(everything):
+    number = fits.getdata(everything / "segmentation.fits").max()
+    assert list(assert_rounded(everything)["id"]) == [str(label) for label in range(1, number + 1)]
+    assert (everything / "catalog.tsv").read_text().count("\n") == 1 + number
 
 
 def test_whole_numbers_have_no_point_and_unknown_ones_are_nan(run, write, stars, tmp_path):
@@ -81,20 +81,22 @@ def test_without_sources_the_catalogues_keep_their_columns(run, write, tmp_path)
 # FITS table
 
 
-def test_columns_have_units_but_for_pure_numbers(nine):
+def test_columns_have_units_but_for_pure_numbers(everything):
     expected = {name: "nJy" for name in ("flux", "background", "rms", "flux_auto", "fluxerr_auto")}
     expected |= {name: "pix" for name in ("fwhm", "flux_radius", "xwin", "ywin")}
     expected |= {"flux_aper_5": "nJy", "fluxerr_aper_5": "nJy", "x2": "pix2", "theta": "rad"}
     expected |= {name: "mag" for name in ("mag_auto", "magerr_auto", "mag_aper_7.5")}
     expected |= {"magerr_aper_7.5": "mag", "ra": "deg", "dec": "deg"}
-    units = {column.name: column.unit for column in Table.read(nine / "catalog.fits").itercols()}
+    units = {
+        column.name: column.unit for column in Table.read(everything / "catalog.fits").itercols()
+    }
     assert {name: units[name].to_string() for name in expected} == expected
     pure_numbers = {"id", "flag", "elongation", "kron_radius", "snr", "flag_auto"}
     assert {name for name, unit in units.items() if unit is None} == pure_numbers
 
 
-def test_the_fits_table_tells_how_it_was_made_and_what_its_columns_are(nine):
-    header = fits.getheader(nine / "catalog.fits", 1)
+def test_the_fits_table_tells_how_it_was_made_and_what_its_columns_are(everything):
+    header = fits.getheader(everything / "catalog.fits", 1)
     assert "thresh = 1.5" in list(header["HISTORY"])
     numbers = range(1, header["TFIELDS"] + 1)
     descriptions = {header[f"TCOMM{number}"] for number in numbers}

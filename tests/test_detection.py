@@ -75,11 +75,14 @@ def test_products_are_those_of_sep(run, write, tmp_path, field, options, keyword
     assert_subtracted(subtracted, field, expected)
 
 
-def test_products_of_the_test_sky_are_those_of_sep(nine):
-    image, result = fits.getdata(SKY).astype(np.float32), Run(0, "", "", nine, read_catalog(nine))
+def test_products_of_the_test_sky_are_those_of_sep(everything):
+    image, result = (
+        fits.getdata(SKY).astype(np.float32),
+        Run(0, "", "", everything, read_catalog(everything)),
+    )
     expected = direct(image)
     assert_same(result, expected)
-    assert_subtracted(nine / "subtracted.fits", image, expected)
+    assert_subtracted(everything / "subtracted.fits", image, expected)
     catalog, labels = result.catalog, result.image("segmentation")
     assert_array_equal(catalog.id, np.arange(1, len(catalog) + 1))
     assert_array_equal(np.bincount(labels.ravel())[1:], catalog.npix)

@@ -1,5 +1,7 @@
 """README and docs say what is true: of options, columns, files and examples."""
 
+import csv
+import itertools
 import re
 from operator import attrgetter
 from pathlib import Path
@@ -12,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Ellipse
 
 import source_extractor
+from make_pictures import TUTORIAL
 from source_extractor import COLUMNS, build_parser, check_usage, option_of
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +47,7 @@ def test_links_lead_somewhere_and_files_that_are_mentioned_exist(page):
     for link in (link for link in links if not link.startswith("https://")):
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
-        assert target.is_file(), link
+        assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
     paths = re.findall(r"\b(?:tests|test-data|workflows|docs)/[\w./-]*\w", text)
     for path in (*paths, *re.findall(r"`(\w+\.(?:xml|py))`", text)):
@@ -53,17 +56,42 @@ def test_links_lead_somewhere_and_files_that_are_mentioned_exist(page):
 
 def test_every_page_and_picture_is_reached_from_the_readme():
     linked = {link for page in PAGES for link in re.findall(r"\]\(([^)\s#]+)", page.read_text())}
-    for path in (ROOT / "docs").iterdir():
-        assert {path.name, f"docs/{path.name}"} & linked, path.name
+    docs = ROOT / "docs"
+    for path in (str(path.relative_to(docs)) for path in docs.rglob("*.*")):
+        assert {path, f"docs/{path}"} & linked, path
+
+
+def test_the_tutorial_counts_the_sources_that_its_steps_find(run, data):
+    tutorial = (ROOT / "docs/tutorial.md").read_text()
+    counts = {
+        name: len(run(data / image, *options).catalog)
+        for name, (image, *options) in TUTORIAL.items()
+    }
+    assert counts["mask"] == len(run(data / "sky.fits", "--mask", data / "sky_mask.fits").catalog)
+    for name, count in counts.items():
+        assert f"{count} sources" in tutorial, name
+    for name in ("default", "threshold", "galaxies", "contrast"):
+        ((cells, pictures),) = re.findall(rf"(\|.*\|)\n.*\n(\|.*/{name}\.png.*)", tutorial)
+        column = next(n for n, cell in enumerate(pictures.split("|")) if f"/{name}.png" in cell)
+        assert f"{counts[name]} sources" in cells.split("|")[column], name
+
+
+def test_the_tutorial_calls_settings_as_the_form_does():
+    tutorial = (ROOT / "docs/tutorial.md").read_text()
+    form = "".join(path.read_text() for path in ROOT.glob("*.xml"))
+    names = re.findall(r"^> .*?\*([A-Z][^*\n]+)\*(?:: `|: Yes|: No)", tutorial, re.MULTILINE)
+    assert len(names) >= 8
+    for name in names:
+        assert f'label="{name}"' in form, name
 
 
 def test_the_form_has_the_settings_of_the_example():
     form = "".join(path.read_text() for path in ROOT.glob("*.xml"))
     rows = re.findall(r"^\| (\*.*)$", README, re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 4
     for row in rows:
         for name in re.findall(r"\*([^*|]+)\*", row):
-            assert re.search(rf'(label|title)="{name}[":]', form), name
+            assert re.search(rf'(label|title)="{re.escape(name)}[":]', form), name
 
 
 # Options
@@ -95,9 +123,16 @@ HELP = ElementTree.parse(ROOT / "source_extractor.xml").findtext("help")
 
 
 def rows_from(text, first):
-    """Return the cells of the rows of a Markdown table from the one that starts like this."""
-    rows = text[text.index(f"\n{first}") + 1 :].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in row.strip(" |").split("|")] for row in rows if "|" in row]
+    """Return the cells of a table, from the row whose first cell is `first`.
+
+    The table is Markdown in a page, and of comma-separated values in the form's help.
+    """
+    rows = [[cell.strip() for cell in row.strip(" |").split("|")] for row in text.splitlines()]
+    if text is HELP:
+        plain = text.replace("``", "`").splitlines()
+        rows = list(csv.reader((row.strip() for row in plain), skipinitialspace=True))
+    start = next(n for n, row in enumerate(rows) if row and row[0] == first)
+    return list(itertools.takewhile(lambda row: len(row) > 1, rows[start:]))
 
 
 @pytest.mark.parametrize("text", [CATALOG, HELP], ids=["page", "help"])
@@ -106,14 +141,14 @@ def test_page_and_help_describe_every_column_with_its_unit(text):
     written |= dict.fromkeys(("measure", "image sum", "measure sum"), "image")
     columns = {column.name: written.get(column.unit, column.unit) for column in COLUMNS}
     columns["kron_radius"] = "a, b"
-    rows = rows_from(text, "| `id` |")
+    rows = rows_from(text, "`id`")
     units = [(name, unit) for names, unit, *_ in rows for name in re.findall(r"`(\w+)`", names)]
     assert units == list(columns.items())
     assert all(meaning for _, _, meaning, *_ in rows)
 
 
 def test_page_and_help_have_the_same_rows_of_columns_and_flags():
-    for first in ("| `id` |", "| 1 | `flag` |"):
+    for first in ("`id`", "1"):
         page, form = ([row[:2] for row in rows_from(text, first)] for text in (CATALOG, HELP))
         assert page == form
 

@@ -51,7 +51,7 @@ def test_a_limit_of_memory_costs_one_line(write, tmp_path, kind, megabytes):
     image = write(np.random.default_rng(0).normal(size=(4000, 4000)).astype(np.float32))
     limit = getattr(resource, f"RLIMIT_{kind}"), 2 * [megabytes * 10**6]
     done = start(image, cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(*limit))
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert re.fullmatch(one_line("error", ".*memory.*"), done.stderr)
     assert list(tmp_path.iterdir()) == [image]
 

@@ -104,7 +104,9 @@ def test_a_mask_or_noise_of_another_shape_is_refused_with_both(
     run, image, put, option, form, shape
 ):
     path = put(np.ones(shape, np.uint8), form)
-    run(image, *option, path).assert_refused(path.name, shape, SHAPE)
+    run(image, *option, path).assert_refused(
+        path.name, f"{shape[1]} x {shape[0]} pixels (columns x rows)", "the image has 160 x 120"
+    )
 
 
 # Boxes

@@ -96,7 +96,7 @@ def test_missing_pixels_of_the_measured_image_cost_only_themselves(run, write, s
 
 def test_another_shape_and_an_image_without_values_are_refused_by_name(run, write, stars):
     image, narrow = write(stars), write(stars[:, :150], "narrow.fits")
-    run(image, "--measure-image", narrow).assert_refused(narrow, "(120, 160)", "(120, 150)")
+    run(image, "--measure-image", narrow).assert_refused(narrow, "150 x 120", "160 x 120")
     blank = write(np.full_like(stars, np.nan), "blank.fits")
     run(image, "--measure-image", blank).assert_refused(blank)
 

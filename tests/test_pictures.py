@@ -78,7 +78,7 @@ def test_ellipses_of_6a_by_6b_are_drawn_around_every_source(run, write, theta):
 def test_an_overlay_without_sources_has_no_ellipse(run, write):
     result = run(write(blobs(SHAPE, (60, 50))), "--thresh", 1000)
     picture = Picture(result.directory / "sources.png", SHAPE)
-    assert not picture.red.any()
+    assert not picture.red[picture.top :].any()  # a warning stands above
     assert picture.at(picture.rgb[..., 0]).any()
 
 

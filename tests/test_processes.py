@@ -16,8 +16,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import source_extractor
-from common import SCRIPT, all_nine, call, field_of
-from contract import NINE, ONE_ERROR
+from common import SCRIPT, all_products, call, field_of
+from contract import ALL_PRODUCTS, ONE_ERROR
 from sky import blobs, random_sources, simulate
 from source_extractor import find_sources, make_kernel, run_jobs
 
@@ -77,9 +77,9 @@ def test_products_are_the_same_for_any_number_of_processes(sky, tmp_path, option
     written = []
     for threads in (1, 3):
         output = tmp_path / f"by {threads}"
-        assert call(sky, "-q", *all_nine(output), "--threads", threads, *options) == 0
+        assert call(sky, "-q", *all_products(output), "--threads", threads, *options) == 0
         written.append({path.name: path.read_bytes() for path in output.iterdir()})
-    assert set(written[0]) == NINE
+    assert set(written[0]) == ALL_PRODUCTS
     assert written[0] == written[1]
     assert not multiprocessing.active_children()
 
@@ -132,7 +132,7 @@ def test_a_killed_run_leaves_no_process_and_no_product(noise, tmp_path, victim):
     else:
         process.send_signal(signal.SIGKILL if "KILL" in victim else signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == {"child": 1, "parent by TERM": 143}.get(victim, -signal.SIGKILL)
+    assert process.returncode == {"child": 3, "parent by TERM": 143}.get(victim, -signal.SIGKILL)
     assert re.fullmatch(ONE_ERROR if victim == "child" else "", errors)
     wait_for(lambda: not processes(noise))
     left = [path.name for path in output.iterdir()]
@@ -189,5 +189,6 @@ def test_a_process_that_fails_costs_one_line(run, sky, monkeypatch, work, fault,
         monkeypatch.setitem(source_extractor.PRODUCTS, work, overlay)
     else:
         monkeypatch.setattr(source_extractor, work, fault)
-    run(sky, "--threads", "2").assert_refused(*words)
+    code = 3 if fault is killed else 1
+    run(sky, "--threads", "2").assert_refused(*words, code=code)
     assert not multiprocessing.active_children()

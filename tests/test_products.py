@@ -10,8 +10,8 @@ import tifffile
 from astropy.io import fits
 
 import source_extractor
-from common import all_nine, extract, tree
-from contract import DEFAULTS, FIVE, NINE, NOT_IN_HISTORY, ON_REQUEST
+from common import all_products, extract, tree
+from contract import ALL_PRODUCTS, DEFAULTS, FIVE, NOT_IN_HISTORY, ON_REQUEST
 
 # Which and where
 
@@ -78,11 +78,11 @@ def test_image_format_goes_by_option_then_by_extension(write, stars, tmp_path, o
 def test_products_get_the_permissions_that_the_umask_leaves(image, tmp_path):
     before = os.umask(0o027)
     try:
-        extract(image, *all_nine(tmp_path / "products"))
+        extract(image, *all_products(tmp_path / "products"))
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "products").iterdir()}
-    assert modes == dict.fromkeys(NINE, 0o640)
+    assert modes == dict.fromkeys(ALL_PRODUCTS, 0o640)
 
 
 def test_a_product_replaces_a_link_and_leaves_alone_what_it_pointed_to(run, write, stars, tmp_path):
@@ -98,8 +98,8 @@ def test_a_product_replaces_a_link_and_leaves_alone_what_it_pointed_to(run, writ
 # Images
 
 
-def test_fits_products_obey_the_standard_and_have_the_unit_of_their_values(nine):
-    for path in nine.glob("*.fits"):
+def test_fits_products_obey_the_standard_and_have_the_unit_of_their_values(everything):
+    for path in everything.glob("*.fits"):
         with fits.open(path) as hdus:
             hdus.verify("exception")
             in_image_values = path.stem in ("background", "rms", "subtracted")

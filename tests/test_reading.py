@@ -20,7 +20,7 @@ import source_extractor
 from common import call, start_code
 from contract import one_line
 from files import patched_tiff, pillow_bytes, tiff_bytes
-from source_extractor import InputError, read_image, read_mask
+from source_extractor import InputError, OutOfMemoryError, read_image, read_mask
 
 NAME = "dataset_1.dat"  # as Galaxy calls files, whatever is in them
 
@@ -422,7 +422,7 @@ def test_images_of_a_tiff_are_chosen_by_number_or_the_first_is_taken_with_a_warn
     for hdu in ("2", "SCI", "0,1"):
         run(two, "--hdu", hdu).assert_refused("two.tif", "TIFF", hdu, "images 0 to 1")
     masked = "--mask", two, "--maskthresh", 1e6, "--mask-hdu"
-    run(two, "--hdu", 1, *masked, 0).assert_refused("two.tif[0]: its shape")
+    run(two, "--hdu", 1, *masked, 0).assert_refused("two.tif[0]: it has 160 x 120 pixels")
     for number, expected in (("0", stars), ("1", stars[:110, :150] + 7)):
         assert_pixels(two, expected, hdu=number)
     first = run(two)
@@ -513,6 +513,7 @@ NO_IMAGES = {
     "a web page": b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n",
     "a PNG": pillow_bytes(RAMP.astype(np.uint8), format="PNG"),
 }
+TOO_LARGE = "8 TB FITS", "huge TIFF"  # by their headers
 UNUSABLE = NO_IMAGES | {
     "six bytes of FITS": b"SIMPLE",
     "FITS header alone": WHOLE[:2880],
@@ -564,7 +565,8 @@ UNUSABLE = NO_IMAGES | {
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(run, put, name):
     result = run(put(UNUSABLE[name]))
-    result.assert_refused(f"error: {NAME}", "FITS" if name in NO_IMAGES else "")
+    code = 3 if name in TOO_LARGE else 1
+    result.assert_refused(f"error: {NAME}", "FITS" if name in NO_IMAGES else "", code=code)
     assert result.out == ""
 
 
@@ -693,7 +695,7 @@ def test_an_image_larger_than_the_memory_is_refused_before_it_is_read(
     monkeypatch.setattr(source_extractor, "memory_limit", lambda: needed)
     assert_pixels(path, SMOOTH.astype(dtype))
     monkeypatch.setattr(source_extractor, "memory_limit", lambda: needed - 1)
-    with pytest.raises(InputError, match=f"{NAME}.* 64 x 48 pixels need .* GB of memory"):
+    with pytest.raises(OutOfMemoryError, match=f"{NAME}.* 64 x 48 pixels need .* GB of memory"):
         pixels_of(path)
 
 

@@ -11,8 +11,8 @@ import tifffile
 from astropy.io import fits
 
 import source_extractor
-from common import SCRIPT, all_nine, call, start, start_code, tree
-from contract import NINE
+from common import SCRIPT, all_products, call, start, start_code, tree
+from contract import ALL_PRODUCTS
 from headers import cards
 from source_extractor import PRODUCTS
 
@@ -45,11 +45,11 @@ OLD_EQUATOR = {"RADESYS": "FK4", "EQUINOX": 1950.0}
 def test_no_run_asks_for_the_network(write, stars, tmp_path, axes, one, other):
     image = write(stars, "image.fits", **cards(*axes, **BEAM, **one))
     measured = write(stars, "measured.fits", **cards(*axes, **BEAM, **other))
-    arguments = image, "--measure-image", measured, *all_nine(tmp_path / "products")
+    arguments = image, "--measure-image", measured, *all_products(tmp_path / "products")
     done = start_code(WITHOUT_NETWORK, *arguments, env={"HOME": str(tmp_path)})
     assert done.returncode == 0
     assert "network" not in done.stderr
-    assert tree(tmp_path / "products").keys() == set(NINE)
+    assert tree(tmp_path / "products").keys() == set(ALL_PRODUCTS)
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])
@@ -58,10 +58,10 @@ def test_a_run_needs_no_home_display_or_locale_and_leaves_nothing(write, stars, 
     scratch.mkdir()
     bare = {"HOME": "/proc", "TMPDIR": str(scratch), "LC_ALL": "C"}
     bare |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    options = *all_nine(tmp_path / "products"), "--threads", threads
+    options = *all_products(tmp_path / "products"), "--threads", threads
     done = start(write(stars), *options, cwd="/", env=bare)
     assert (done.returncode, done.stderr) == (0, "")
-    assert tree(tmp_path / "products").keys() == set(NINE)
+    assert tree(tmp_path / "products").keys() == set(ALL_PRODUCTS)
     assert not list(scratch.iterdir())
 
 
@@ -81,11 +81,11 @@ def test_a_path_may_hold_anything(write, stars, tmp_path, monkeypatch, capsys, n
     image, mask = write(stars), write(np.zeros(stars.shape, np.uint8), "mask.fits")
     inputs = [path.rename(odd / f"{name}.{path.name}") for path in (image, mask)]
     monkeypatch.chdir(odd)
-    assert call(inputs[0], "-v", "--mask", inputs[1], *all_nine(odd / "products")) == 0
+    assert call(inputs[0], "-v", "--mask", inputs[1], *all_products(odd / "products")) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    assert tree(odd / "products").keys() == set(NINE)
-    assert len(tree(tmp_path)) == 2 + len(NINE)
+    assert tree(odd / "products").keys() == set(ALL_PRODUCTS)
+    assert len(tree(tmp_path)) == 2 + len(ALL_PRODUCTS)
     history = fits.getheader(odd / "products" / "rms.fits")["HISTORY"]
     assert str(tmp_path) not in f"{history}{said.out}"
 
@@ -99,7 +99,7 @@ def test_two_runs_at_once_in_one_directory_do_not_meet(image, tmp_path):
     for name in ("catalog", "overlay", "overview", "regions"):
         one, other = (Path(tmp_path, f"{name}{run}.x").read_bytes() for run in "ab")
         assert one == other
-    assert len(tree(tmp_path)) == 1 + 2 * len(NINE)
+    assert len(tree(tmp_path)) == 1 + 2 * len(ALL_PRODUCTS)
 
 
 def test_products_are_the_same_to_the_byte_whoever_makes_them(write, stars, tmp_path):
@@ -109,10 +109,10 @@ def test_products_are_the_same_to_the_byte_whoever_makes_them(write, stars, tmp_
         place = tmp_path / number
         place.mkdir()
         environment = os.environ | {"PYTHONHASHSEED": number, "SOURCE_DATE_EPOCH": number}
-        options = (*all_nine(Path("x")), *packed, "--threads", number)
+        options = (*all_products(Path("x")), *packed, "--threads", number)
         assert start(image, *options, cwd=place, env=environment).returncode == 0
         made.append(tree(place))
-    assert len(made[0]) == len(NINE)
+    assert len(made[0]) == len(ALL_PRODUCTS)
     assert made[0] == made[1]
 
 

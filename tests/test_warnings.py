@@ -7,11 +7,12 @@ import pytest
 import sep
 import tifffile
 from astropy.io import fits
+from matplotlib.image import imread
 
 from common import SHAPE, extract, insert_cards
 from files import patched_tiff
 from sky import blobs
-from source_extractor import product_of, read_image, read_mask, read_noise
+from source_extractor import InputError, product_of, read_image, read_mask, read_noise
 
 # A product of an earlier run as image
 
@@ -34,24 +35,57 @@ def products(tmp_path_factory):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("role", ROLES)
-def test_a_product_as_image_costs_a_warning(products, told, role, form):
+def test_a_product_is_no_image_unless_allowed_but_serves_as_mask_and_noise(
+    products, told, role, form
+):
     path = products / f"{role}.{form}"
-    read_image(path)
-    # As mask or noise it costs none.
+    if role == "subtracted":
+        read_image(path)
+    else:
+        pattern = rf"{re.escape(path.name)}.*: it is the {role} product of .*--allow-product"
+        with pytest.raises(InputError, match=pattern):
+            read_image(path)
+        read_image(path, allow_product=True)
     read_mask(path, None, None, 1e6, None, SHAPE)
     if role in ("background", "rms"):
         read_noise(path, None, None, "stddev", SHAPE)
-    (text,) = told
-    pattern = (
-        rf"{re.escape(path.name)}.*: its HISTORY .* the {role} of an earlier run;.*right image.*"
-    )
-    assert re.fullmatch(pattern, text)
+    assert told == []
 
 
-def test_a_product_to_measure_on_costs_a_warning_too(run, products):
-    result = run(products / "background.fits", "--measure-image", products / "rms.tiff")
-    assert result.code == 0
-    assert len(re.findall("HISTORY.* the (?:background|rms) of", result.err)) == 2
+def test_a_product_to_measure_on_is_refused_too(run, products):
+    images = products / "subtracted.fits", "--measure-image", products / "rms.tiff"
+    run(*images).assert_refused("rms.tiff", "--allow-product")
+    assert run(*images, "--allow-product").code == 0
+
+
+# Where warnings are seen
+
+
+def test_warnings_are_reported_after_the_sources_the_weightiest_first(run, write):
+    image = textured()
+    image[:, :40] = 0  # padding; the waves are larger than a box
+    result = run(write(image), "--bw", 8, "--bh", 8, "--err-option", "array_rms")
+    first, *lines = result.out.splitlines()
+    warned = [line.split(maxsplit=1)[1] for line in lines if line.startswith("warning")]
+    assert first.startswith("sources ")
+    assert lines[len(warned)].startswith("image ")
+    assert len(warned) >= 2
+    assert "--blank 0" in warned[0]
+    assert warned[-1].startswith("with noise for each pixel")
+    told = re.findall("warning: (?:.*fits.*PRIMARY: )?(.*)", result.err)
+    assert sorted(warned) == sorted(told)
+
+
+def test_the_picture_shows_the_weightiest_warning_even_if_quiet(run, write, stars):
+    pictures = []
+    for padding in (0, 64):
+        stars[:, :padding] = 0
+        path = write(stars, f"{padding}.fits")
+        pictures.append(imread(run(path, "-q").directory / "sources.png")[..., :3])
+    plain, warned = pictures
+    assert len(warned) > len(plain)
+    red = (warned[..., 0] > 0.9) & (warned[..., 1] < 0.3)
+    assert red[: len(warned) - len(plain) + 10].any()
 
 
 def test_what_another_program_made_is_no_product():

@@ -19,14 +19,14 @@ from textwrap import indent
 import numpy as np
 from astropy.io import fits
 from bioblend.galaxy import GalaxyInstance
-from selenium.common.exceptions import WebDriverException
+from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.wait import WebDriverWait
 
-from galaxy import ROOT, Galaxy, Outcome, report, running_galaxy
+from galaxy import ROOT, WORKFLOWS, Galaxy, Outcome, report, running_galaxy
 
 TOOL_ID = "source_extractor"
 IMAGE = ROOT / "test-data" / "sky.fits"
@@ -46,6 +46,8 @@ REFUSED = ".alert"
 SELECT, SELECTED, OPTION = ".multiselect", "[data-selected-value]", "[data-option-value='{}']"
 SWITCH, SWITCH_LABEL, TYPED = "input[type=checkbox]", ".custom-control-label", "input.ui-input"
 PICTURE = "#center img"
+SEARCH, FOUND = "[data-description='filter text input']", "a[href*='tool_id={}']"
+RUN_WORKFLOW = "#center #run-workflow:not(.g-disabled)"
 STARTED = "#center .donemessagelarge a[href^='/jobs/']"
 DATASET, RUN_AGAIN, PEEK = "#dataset-{}[data-state=ok]", ".rerun-btn", ".dataset-peek"
 PREVIEW = "#center .image-wrapper img"
@@ -61,10 +63,15 @@ SETTINGS = {
     **{"deblending|clean": False, "photometry|aperture_diameters": "5 10"},
     "outputs|regions": True,
 }
+NEGATIVE = {"masking|mask_box_0|xmin": "-1"}
 OPTIONS = """
 --thresh 2 --mask-box 4 140 215 351 --mask-box 232 351 12 130 --background-passes 2 --gain 4.5
 --filter-case gaussian --filter-fwhm 3.5 --no-clean --aperture-diameters 5 10 --regions regions.reg
 """
+WORDS = (
+    *("source extractor", "sextractor", "sep", "photometry", "segmentation", "nuclei", "stars"),
+    *("galaxies", "voronoi"),
+)
 PRODUCTS = ("catalog.tsv", "regions.reg", "segmentation.fits", "background.fits", "rms.fits")
 
 
@@ -85,7 +92,7 @@ def browser() -> Iterator[Chrome]:
 
 
 def check(galaxy: Galaxy, driver: Chrome) -> Iterator[Outcome]:
-    """Fill in the form, run the tool, and run it again."""
+    """Find the tool, fill in the form, run it and run it again; run the workflow."""
     start = time.monotonic()
     try:
         for name, problems in _findings(galaxy, driver):
@@ -100,19 +107,20 @@ def check(galaxy: Galaxy, driver: Chrome) -> Iterator[Outcome]:
 def _findings(galaxy: Galaxy, driver: Chrome) -> Iterator[tuple[str, list[str]]]:
     """Name what was looked at, and list what is wrong with it."""
     user = GalaxyInstance(galaxy.url, galaxy.user_key)
-    history, _ = _history_with_image(user)
+    history, image = _history_with_image(user)
     driver.set_window_size(WIDTH, HEIGHT_OF_FORM)
     _open_form(galaxy, driver, history)
+    yield "the search finds the tool by what it does", _words_without_tool(driver)
     _unfold(driver)
     defaults = _values(driver)
     yield "the help shows its picture", _pictures_not_shown(driver)
 
     _find(driver, ADD_RECTANGLE).click()
+    _fill_in(driver, NEGATIVE)
     _find(driver, RUN).click()
-    for side in SIDES:
-        _find(driver, FIELD.format(f"masking|mask_box_0|{side}") + REFUSED)
+    _find(driver, FIELD.format(*NEGATIVE) + REFUSED)
     started = user.jobs.get_jobs(history_id=history, tool_id=TOOL_ID)
-    yield "the form refuses an empty rectangle", [f"job {job['id']} started" for job in started]
+    yield "the form refuses a negative column", [f"job {job['id']} started" for job in started]
 
     _find(driver, ADD_RECTANGLE).click()
     _fill_in(driver, SETTINGS)
@@ -135,6 +143,56 @@ def _findings(galaxy: Galaxy, driver: Chrome) -> Iterator[tuple[str, list[str]]]
     again = _started_job(driver, user)
     differences = _differences(again["params"], job["params"])
     yield "run again repeats the job", [*_failure(again), *differences]
+
+    workflow = _open_workflow(galaxy, driver, user, history, image)
+    _find(driver, RUN_WORKFLOW).click()
+    yield "the workflow starts from its page and succeeds", _workflow_problems(user, workflow)
+
+
+def _words_without_tool(driver: Chrome) -> list[str]:
+    """Type words into the search of the tools; return those that don't lead to this one."""
+    box, missing = _find(driver, SEARCH), []
+    for word in (*WORDS, "no such tool"):
+        box.clear()
+        box.send_keys(word)
+        wanted, found = word in WORDS, expected_conditions.visibility_of_element_located
+        condition = found((By.CSS_SELECTOR, FOUND.format(TOOL_ID)))
+        try:
+            wait = WebDriverWait(driver, TIMEOUT)
+            wait.until(condition) if wanted else wait.until_not(condition)
+        except TimeoutException:
+            missing.append(word)
+    box.clear()
+    return missing
+
+
+def _open_workflow(
+    galaxy: Galaxy, driver: Chrome, user: GalaxyInstance, history: str, image: str
+) -> str:
+    """Open the page that runs the workflow on a list of one image; return the workflow's id."""
+    elements = [{"name": "sky", "src": "hda", "id": image}]
+    images = {"collection_type": "list", "name": "images", "element_identifiers": elements}
+    user.histories.create_dataset_collection(history, images)
+    text = next(WORKFLOWS.glob("*.gxwf.yml")).read_text()
+    imported = {"class": "GalaxyWorkflow", "yaml_content": text}
+    workflow = user.workflows.import_workflow_dict(imported)["id"]
+    driver.get(f"{galaxy.url}/workflows/run?id={workflow}")
+    _find(driver, RUN_WORKFLOW)
+    return workflow
+
+
+def _workflow_problems(user: GalaxyInstance, workflow: str) -> list[str]:
+    """Wait for the run of a workflow; return what isn't green."""
+    deadline = time.monotonic() + JOB["maxwait"]
+    while time.monotonic() < deadline:
+        for run in user.invocations.get_invocations(workflow_id=workflow):
+            states = user.invocations.get_invocation_summary(run["id"])["states"]
+            if states and states.keys() <= {"ok", "error", "paused", "deleted"}:
+                return [
+                    f"{number} jobs: {state}" for state, number in states.items() if state != "ok"
+                ]
+        time.sleep(JOB["interval"])
+    return ["it doesn't end"]
 
 
 def _history_with_image(user: GalaxyInstance) -> tuple[str, str]:
@@ -232,24 +290,31 @@ def _differences(found: Mapping, expected: Mapping) -> list[str]:
 
 
 def take_pictures(galaxy: Galaxy, driver: Chrome, directory: Path) -> None:
-    """Take pictures of the form, and of the history after a run, with the overlay beside it."""
+    """Take pictures of search, form, workflow, and history after a run with some products."""
     user = GalaxyInstance(galaxy.url, galaxy.user_key)
     history, uploaded = _history_with_image(user)
     _open_form(galaxy, driver, history)
     _picture_panel(driver, directory / "form.png")
+    _find(driver, SEARCH).send_keys("voronoi")
+    _find(driver, FOUND.format(TOOL_ID))
+    driver.save_screenshot(directory / "search.png")
+    _open_workflow(galaxy, driver, user, history, uploaded)
+    driver.save_screenshot(directory / "workflow.png")
 
-    run = user.tools.run_tool(history, TOOL_ID, {"image": {"src": "hda", "id": uploaded}})
+    inputs = {"image": {"src": "hda", "id": uploaded}, "outputs|seeds": True}
+    run = user.tools.run_tool(history, TOOL_ID, inputs)
     outputs = {output["output_name"]: output["id"] for output in run["outputs"]}
     for output in outputs.values():
         user.datasets.wait_for_dataset(output, **JOB)
 
     driver.set_window_size(WIDTH, HEIGHT)
-    driver.get(f"{galaxy.url}/datasets/{outputs['overlay']}/preview")
-    _find(driver, PREVIEW)
-    catalog = DATASET.format(outputs["catalog"])
-    _find(driver, catalog).click()
-    _find(driver, f"{catalog} {PEEK}")
-    driver.save_screenshot(directory / "history.png")
+    for name in ("overview", "overlay"):
+        driver.get(f"{galaxy.url}/datasets/{outputs[name]}/preview")
+        _find(driver, PREVIEW)
+        catalog = DATASET.format(outputs["catalog"])
+        _find(driver, catalog).click()
+        _find(driver, f"{catalog} {PEEK}")
+        driver.save_screenshot(directory / f"history_{name}.png")
 
 
 def _find(driver: Chrome, selector: str) -> WebElement:

@@ -10,7 +10,7 @@ Each case is made from the seed and its number alone, and run in a process of it
 - faults: a run over older products is ended by a signal, or lacks room on disk, or memory.
 
 A case fails if the process crashes, takes more than 60 s or 1 GB, or ends with another exit code
-than 0, 1 and 2; if stderr holds anything but warnings and one error, a line each, or the words
+than 0 to 3; if stderr holds anything but warnings and one error, a line each, or the words
 internal error; if anything is changed without success; or if a product can't be read, or something
 else is left. With a fault all products are as before, or as without it, to the byte; SIGKILL may
 leave one hidden directory, beside which the next run must succeed.
@@ -311,10 +311,10 @@ def fault_of_words(end, directory, stop=None):
     stopped = stop and end.status in (f"signal {stop}", 128 + stop)
     faults = {
         "said more than lines of its own": not all(map(LINE.fullmatch, said)),
-        f"ended with {end.status}": end.status not in (0, 1, 2) and not stopped,
+        f"ended with {end.status}": end.status not in (0, 1, 2, 3) and not stopped,
         f"took {end.peak / 1e9:.1f} GB": end.peak > BYTES,
         "called it a fault of its own": any("internal error" in line for line in said),
-        f"said {errors} errors": errors != (end.status in (1, 2)),
+        f"said {errors} errors": errors != (end.status in (1, 2, 3)),
     }
     return next((fault for fault, present in faults.items() if present), None)
 

@@ -74,6 +74,11 @@ class Galaxy(NamedTuple):
     directory: Path  # holds all its files; removed when it has stopped
     environment: dict[str, str]  # for processes that work with it; their home is in `directory`
 
+    def keys(self) -> dict[str, str]:
+        """Environment variables for planemo; its arguments everybody on the machine could see."""
+        names = "PLANEMO_GALAXY_ADMIN_KEY", "PLANEMO_GALAXY_USER_KEY"
+        return dict(zip(names, (self.admin_key, self.user_key), strict=True))
+
 
 @contextmanager
 def running_galaxy() -> Iterator[Galaxy]:
@@ -116,6 +121,7 @@ def _write_config(directory: Path, admin_key: str) -> Path:
         **{"data_dir": str(directory / "data"), "tool_config_file": str(tool_conf)},
         **{"admin_users": ADMIN_EMAIL, "bootstrap_admin_api_key": admin_key},
         "tool_data_table_config_path": str(data_tables),
+        "static_images_dir": str(ROOT / "static/images"),
         **dict.fromkeys(("conda_auto_init", "conda_auto_install", "involucro_auto_init"), False),
         "enable_celery_tasks": True,
         "metadata_strategy": "directory_celery",
@@ -242,7 +248,6 @@ def planemo_test(galaxy: Galaxy) -> list[str]:
     """Arguments that make planemo run tests in this Galaxy."""
     return [
         *("test", "--engine", "external_galaxy", "--galaxy_url", galaxy.url),
-        *("--galaxy_admin_key", galaxy.admin_key, "--galaxy_user_key", galaxy.user_key),
         *("--no_shed_install", "--test_timeout", str(TEST_TIMEOUT)),
         *("--test_output", str(galaxy.directory / "report.html")),
     ]
@@ -251,7 +256,8 @@ def planemo_test(galaxy: Galaxy) -> list[str]:
 def _planemo(galaxy: Galaxy, arguments: list) -> subprocess.CompletedProcess:
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = [SCRIPTS / "planemo", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=galaxy.environment, text=True, **streams)
+    environment = galaxy.environment | galaxy.keys()
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, **streams)
 
 
 def _report(data: dict) -> str:
@@ -292,7 +298,8 @@ def main(argv: list[str] | None = None) -> int:
     with running_galaxy() as galaxy:
         print(f"Galaxy is up at {galaxy.url} ({time.monotonic() - start:.0f} s)", flush=True)
         if args.serve:
-            print("Run a test with: planemo", *planemo_test(galaxy), TOOL, flush=True)
+            keys = (f"{name}={key}" for name, key in galaxy.keys().items())
+            print("Run a test with:", *keys, "planemo", *planemo_test(galaxy), TOOL, flush=True)
             with suppress(KeyboardInterrupt):
                 signal.pause()
             return 0

@@ -26,7 +26,7 @@ from astropy.table import Table
 ROOT = Path(__file__).parent.parent.parent
 ALL_PRODUCTS = (
     "-o products --subtracted products/subtracted.fits --catalog-fits products/catalog.fits"
-    " --regions products/sources.reg --overview products/overview.png"
+    " --regions products/sources.reg --overview products/overview.png --seeds products/seeds.tif"
 )
 # For each image the sets of options, divided by strokes; some images need another directory.
 CASES = {

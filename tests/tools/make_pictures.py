@@ -1,48 +1,63 @@
-"""Write the pictures that README and form show of the tool's work, with the tool itself.
+"""Write the pictures in README, form and tutorial, with the tool itself."""
 
-docs/sources.png    the Hubble Deep Field's sources, for the README
-picture.xml         those of the simulated sky, for the help of the form: as a token that holds the
-                    picture, since Galaxy serves no file for a help in Markdown
-"""
-
-import base64
-import io
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+import tifffile
 from PIL import Image
+from skimage.measure import label
+from skimage.segmentation import expand_labels, find_boundaries
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "source_extractor.py"
-HELP_WIDTH = 480
+HUBBLE, SKY = "hubble_deep_field.tiff", "sky.fits"
+
+BRIGHT, FAINT = ("4", "140", "215", "351"), ("232", "351", "12", "130")  # of the galaxies
+
+# Each picture of the tutorial: image and options.
+TUTORIAL = {
+    "default": (HUBBLE,),
+    "threshold": (HUBBLE, "--thresh", "3"),
+    "galaxies": (SKY,),
+    "contrast": (SKY, "--deblend-cont", "0.0001"),
+    "mask": (SKY, "--mask-box", *BRIGHT, "--mask-box", *FAINT),
+}
+SEEDS = (*TUTORIAL["threshold"], "--seeds", "seeds.tif")
+WIDTH = 480
 
 
-def overlay(name, *options):
-    """Return the picture of the sources in an image of the test data."""
-    with TemporaryDirectory() as directory:
-        command = [sys.executable, TOOL, ROOT / "test-data" / name, "-q", "-o", directory]
-        subprocess.run([*command, *options], check=True)
-        return Image.open(Path(directory, "sources.png")).convert("RGB")
+def extract(directory, image, *options):
+    """Run the tool with products in a directory; return the picture of the sources."""
+    form = "--form", ROOT / "source_extractor.xml"  # for warnings as in Galaxy
+    command = [sys.executable, ROOT / "source_extractor.py", ROOT / "test-data" / image, "-q"]
+    subprocess.run([*command, *form, *options], cwd=directory, check=True)
+    return Image.open(Path(directory, "sources.png")).convert("RGB")
+
+
+def save(picture, path):
+    """Write a picture in few bytes."""
+    picture.quantize(128).save(ROOT / path, optimize=True)
 
 
 def main():
-    """Write both."""
-    picture = overlay("hubble_deep_field.tiff", "--thresh", "3").quantize(128)
-    picture.save(ROOT / "docs/sources.png", optimize=True)
-
-    picture = overlay("sky.fits")
-    picture = picture.resize((HELP_WIDTH, round(picture.height * HELP_WIDTH / picture.width)))
-    webp = io.BytesIO()
-    picture.save(webp, "webp", quality=75, method=6)
-    data = base64.b64encode(webp.getvalue()).decode()
-    (ROOT / "picture.xml").write_text(
-        "<macros>\n"
-        "    <!-- Written by tests/tools/make_pictures.py -->\n"
-        f'    <token name="@PICTURE@">data:image/webp;base64,{data}</token>\n'
-        "</macros>\n"
-    )
+    """Write static/images/sources.png and docs/tutorial/*.png."""
+    with TemporaryDirectory() as directory:
+        for name, call in TUTORIAL.items():
+            picture = extract(directory, *call)
+            if name == "threshold":
+                save(picture, "static/images/sources.png")
+            height = round(picture.height * WIDTH / picture.width)
+            small = picture.resize((WIDTH, height), Image.Resampling.LANCZOS)
+            save(small, f"docs/tutorial/{name}.png")
+        extract(directory, *SEEDS)
+        seeds = tifffile.imread(Path(directory, "seeds.tif"))
+    cells = expand_labels(label(seeds), distance=max(seeds.shape))
+    outlines = np.stack([np.where(find_boundaries(cells), 255, seeds), seeds, seeds], axis=2)
+    for name, image in {"seeds": seeds, "cells": outlines}.items():
+        upright = Image.fromarray(image[::-1]).convert("RGB")
+        save(upright, f"docs/tutorial/{name}.png")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 sky.fits                 sky like the DESI Legacy Surveys' in g: two bright stars that pull the
                          background up, faint galaxies and stars, a gradient, a TAN WCS
 sky_truth.tsv            its sources, as `sky.simulate` knows them
-sky_mask.fits            1 in the rectangles MASK_BOXES around the bright stars, else 0
+sky_mask.fits            1 in the rectangles MASK_BOXES around the bright stars, else 0; compressed
 kernel.conv              Gaussian of KERNEL_FWHM pixels in SExtractor's filter format
 stack.fits               extensions SCI, a cube of three planes: stars, sky alone, the same stars
                          twice as bright; ERR, the noise of a pixel; DQ, 1 around the first star
@@ -123,7 +123,8 @@ def main(argv=None):
     image, header, truth = sky()
     write("sky.fits", image, header)
     truth.write(directory / "sky_truth.tsv", format="ascii.tab", overwrite=True)
-    write("sky_mask.fits", *mask())
+    packed = fits.CompImageHDU(*mask(), compression_type="GZIP_1")
+    packed.writeto(directory / "sky_mask.fits", overwrite=True)
     (directory / "kernel.conv").write_text(kernel())
     stack().writeto(directory / "stack.fits", overwrite=True)
     write("mosaic.fits", *mosaic())
