@@ -254,11 +254,12 @@ def reading(path):
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # of the file itself
             raise InputError(f"{path}: {error.strerror}") from error
-        text, kind = f"can't be read ({one_line(error) or type(error).__name__})", InputError
-        text += "; get a new copy"
+        problem = f"{path.name}: damaged, incomplete, or"
         if isinstance(error, MemoryError):
-            text, kind = "too large for the memory; cut the image into parts", OutOfMemoryError
-        raise kind(f"{path.name}: damaged, incomplete, or {text}") from error
+            text = f"{problem} too large for the memory; cut the image into parts"
+            raise OutOfMemoryError(text) from error
+        reason = one_line(error) or type(error).__name__
+        raise InputError(f"{problem} can't be read ({reason}); get a new copy") from error
 
 
 def try_to_open(path, opened):
@@ -1220,12 +1221,12 @@ def run_jobs(jobs, processes):
         except BaseException as error:
             for process in multiprocessing.active_children():
                 process.kill()
-            if isinstance(error, BrokenProcessPool | OSError):
-                reason, kind = one_line(error), InputError
-                if isinstance(error, BrokenProcessPool):
-                    reason, kind = "one was killed", OutOfMemoryError
-                text = f"worker processes failed ({reason}); if memory is short, try fewer"
-                raise kind(f"{text} (--threads)") from error
+            if isinstance(error, BrokenProcessPool):  # mostly by the system, for its memory
+                text = "a worker process was killed; if memory is short, try a smaller --threads"
+                raise OutOfMemoryError(text) from error
+            if isinstance(error, OSError):
+                text = f"worker processes failed ({one_line(error)}); try a smaller --threads"
+                raise InputError(text) from error
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -1943,13 +1944,15 @@ def seed_map(labels):
     touch, the larger gives up the pixels that do. A label may have no others, and no seed then.
     """
     labels = largest_parts(labels)
-    rank = np.argsort(np.argsort(np.bincount(labels.ravel()), kind="stable"))  # by area
+    areas = np.bincount(labels[labels > 0])
+    rank = np.argsort(np.argsort(areas, kind="stable"))
     seeds, (ny, nx) = labels.copy(), labels.shape
     for dx, dy in (1, 0), (0, 1), (1, 1), (-1, 1):
         one = np.s_[: ny - dy, max(-dx, 0) : nx - max(dx, 0)]
         other = np.s_[dy:, max(dx, 0) : nx + min(dx, 0)]
-        touching = np.nonzero((labels[one] != labels[other]) & (labels[one] * labels[other] != 0))
-        larger = rank[labels[one][touching]] > rank[labels[other][touching]]
+        a, b = labels[one], labels[other]
+        touching = np.nonzero((a != b) & (a > 0) & (b > 0))
+        larger = rank[a[touching]] > rank[b[touching]]
         seeds[one][touching] *= ~larger
         seeds[other][touching] *= larger
     return np.where(largest_parts(seeds), 255, 0).astype(np.uint8)
@@ -1958,23 +1961,22 @@ def seed_map(labels):
 def largest_parts(labels):
     """Return a map of labels (ny, nx) with the largest 4-connected part of each, else 0."""
     padded = np.pad(labels, ((0, 0), (0, 1)))  # so that no row continues in the next one
-    places, links = np.flatnonzero(padded), []
-    label, part = padded.flat[places], np.arange(len(places))
-    for step in 1, padded.shape[1]:
-        following = np.searchsorted(places[:-1], places + step)
-        linked = (places[following] == places + step) & (label[following] == label)
-        links.append((part[linked], following[linked]))
-    one, other = np.hstack(links)
-    while (part[one] != part[other]).any():  # a part gets the lowest number of its pixels
-        low, high = np.sort([part[one], part[other]], axis=0)
+    starts = np.diff(padded.ravel(), prepend=0) != 0
+    run = starts.cumsum(dtype=np.int32).reshape(padded.shape)  # of equal labels in a row
+    label = np.zeros(run[-1, -1] + 1, labels.dtype)
+    label[run] = padded
+    linked = (padded[:-1] == padded[1:]) & (padded[1:] > 0)
+    above, below = run[:-1][linked], run[1:][linked]
+    part = np.arange(len(label))  # of each run; in the end, the lowest number of its runs
+    while (part[above] != part[below]).any():
+        low, high = np.minimum(part[above], part[below]), np.maximum(part[above], part[below])
         np.minimum.at(part, high, low)
         while (part[part] != part).any():
             part = part[part]
-    areas = np.bincount(part)
-    numbers = np.argsort(-areas, kind="stable")[: np.count_nonzero(areas)]
-    _, largest = np.unique(label[numbers], return_index=True)
-    padded.flat[places[~np.isin(part, numbers[largest])]] = 0
-    return padded[:, :-1]
+    lengths = np.diff(np.flatnonzero(starts), prepend=0, append=starts.size)
+    by_area = np.argsort(-np.bincount(part, lengths), kind="stable")
+    _, largest = np.unique(label[by_area], return_index=True)
+    return np.where(np.isin(part, by_area[largest])[run], padded, 0)[:, :-1]
 
 
 def write_image(product, path, result):
@@ -2190,6 +2192,7 @@ def draw_overlay(path, result):
 def draw_overview(path, result):
     """Draw four panels with colour bars: sources, background, RMS, segmentation (PNG)."""
     from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import AsinhLocator
 
     field, (objects, labels) = result.field, result.found
     width, height = panel_size(labels.shape)
@@ -2202,7 +2205,9 @@ def draw_overview(path, result):
     # Large letters, as the picture is mostly looked at with half of its pixels.
     with figure_at(path, font_size=22, figsize=whole, dpi=75, layout="compressed") as figure:
         panels = figure.subplots(2, 2).ravel()
-        figure.colorbar(show_sources(panels[0], result), ax=panels[0])
+        greys = show_sources(panels[0], result)
+        few = AsinhLocator(greys.norm.linear_width, numticks=5)
+        figure.colorbar(greys, ax=panels[0], ticks=few)
         for axes, title, picture, style in (
             (panels[1], "background", block_means(field.level_map()), {}),
             (panels[2], "background RMS", block_means(field.rms_map()), {}),
@@ -2575,7 +2580,7 @@ def build_parser():
 
     group = parser.add_argument_group("input")
     add = partial(add_option, group)
-    text = "accept a background, an RMS or a map that this tool has made, too, as an image"
+    text = "accept any product of this tool as an image, such as a background"
     group.add_argument("--allow-product", action="store_true", help=text)
     add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)", "HDU")
     add("--plane", number(int, 0), "plane of a cube or stack, from 0", "INDEX")
@@ -2653,10 +2658,10 @@ def build_parser():
     add("--image-format", ("fits", "tiff", "input"), text)
 
     group = parser.add_argument_group("general")
-    volume = group.add_mutually_exclusive_group()
     add = partial(add_option, group)
     text = "name options in messages by their labels in this Galaxy wrapper (XML)"
     add("--form", words_of, text, "FILE")
+    volume = group.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="show stages and times")
     volume.add_argument("-q", "--quiet", action="store_true", help="show nothing but errors")
     add("--threads", number(int, 1, 1024), "number of processes", "NUMBER")

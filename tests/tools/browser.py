@@ -63,7 +63,7 @@ SETTINGS = {
     **{"deblending|clean": False, "photometry|aperture_diameters": "5 10"},
     "outputs|regions": True,
 }
-NEGATIVE = {"masking|mask_box_0|xmin": "-1"}
+WRONG = {"photometry|aperture_diameters": "5 x"}
 OPTIONS = """
 --thresh 2 --mask-box 4 140 215 351 --mask-box 232 351 12 130 --background-passes 2 --gain 4.5
 --filter-case gaussian --filter-fwhm 3.5 --no-clean --aperture-diameters 5 10 --regions regions.reg
@@ -115,14 +115,14 @@ def _findings(galaxy: Galaxy, driver: Chrome) -> Iterator[tuple[str, list[str]]]
     defaults = _values(driver)
     yield "the help shows its picture", _pictures_not_shown(driver)
 
-    _find(driver, ADD_RECTANGLE).click()
-    _fill_in(driver, NEGATIVE)
+    for _ in PLACES:
+        _find(driver, ADD_RECTANGLE).click()
+    _fill_in(driver, WRONG)
     _find(driver, RUN).click()
-    _find(driver, FIELD.format(*NEGATIVE) + REFUSED)
+    _find(driver, FIELD.format(*WRONG) + REFUSED)
     started = user.jobs.get_jobs(history_id=history, tool_id=TOOL_ID)
-    yield "the form refuses a negative column", [f"job {job['id']} started" for job in started]
+    yield "the form refuses what is no number", [f"job {job['id']} started" for job in started]
 
-    _find(driver, ADD_RECTANGLE).click()
     _fill_in(driver, SETTINGS)
     _find(driver, READY).click()
     job = _started_job(driver, user)
@@ -295,6 +295,7 @@ def take_pictures(galaxy: Galaxy, driver: Chrome, directory: Path) -> None:
     history, uploaded = _history_with_image(user)
     _open_form(galaxy, driver, history)
     _picture_panel(driver, directory / "form.png")
+    driver.set_window_size(WIDTH, HEIGHT)
     _find(driver, SEARCH).send_keys("voronoi")
     _find(driver, FOUND.format(TOOL_ID))
     driver.save_screenshot(directory / "search.png")
@@ -307,7 +308,6 @@ def take_pictures(galaxy: Galaxy, driver: Chrome, directory: Path) -> None:
     for output in outputs.values():
         user.datasets.wait_for_dataset(output, **JOB)
 
-    driver.set_window_size(WIDTH, HEIGHT)
     for name in ("overview", "overlay"):
         driver.get(f"{galaxy.url}/datasets/{outputs[name]}/preview")
         _find(driver, PREVIEW)

@@ -121,7 +121,7 @@ def _write_config(directory: Path, admin_key: str) -> Path:
         **{"data_dir": str(directory / "data"), "tool_config_file": str(tool_conf)},
         **{"admin_users": ADMIN_EMAIL, "bootstrap_admin_api_key": admin_key},
         "tool_data_table_config_path": str(data_tables),
-        "static_images_dir": str(ROOT / "static/images"),
+        "static_dir": str(ROOT / "static"),  # for the picture in the help
         **dict.fromkeys(("conda_auto_init", "conda_auto_install", "involucro_auto_init"), False),
         "enable_celery_tasks": True,
         "metadata_strategy": "directory_celery",
