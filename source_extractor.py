@@ -16,6 +16,7 @@ are True where a pixel is excluded; `theta` is in radians from +x towards +y.
 import argparse
 import atexit
 import bz2
+import errno
 import gc
 import gzip
 import io
@@ -81,6 +82,12 @@ class OutOfMemoryError(InputError):
     """An image that needs more memory than there is."""
 
     exit_code = 3
+
+
+def lacks_memory(error):
+    """Return True if there was not enough memory, or a process was killed, mostly for that."""
+    killed = isinstance(error, MemoryError | BrokenProcessPool)
+    return killed or getattr(error, "errno", None) == errno.ENOMEM
 
 
 @contextmanager
@@ -252,12 +259,12 @@ def reading(path):
     except InputError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # of the file itself
-            raise InputError(f"{path}: {error.strerror}") from error
         problem = f"{path.name}: damaged, incomplete, or"
-        if isinstance(error, MemoryError):
+        if lacks_memory(error):
             text = f"{problem} too large for the memory; cut the image into parts"
             raise OutOfMemoryError(text) from error
+        if isinstance(error, OSError) and error.errno:  # of the file itself
+            raise InputError(f"{path}: {error.strerror}") from error
         reason = one_line(error) or type(error).__name__
         raise InputError(f"{problem} can't be read ({reason}); get a new copy") from error
 
@@ -1221,12 +1228,11 @@ def run_jobs(jobs, processes):
         except BaseException as error:
             for process in multiprocessing.active_children():
                 process.kill()
-            if isinstance(error, BrokenProcessPool):  # mostly by the system, for its memory
-                text = "a worker process was killed; if memory is short, try a smaller --threads"
-                raise OutOfMemoryError(text) from error
-            if isinstance(error, OSError):
-                text = f"worker processes failed ({one_line(error)}); try a smaller --threads"
-                raise InputError(text) from error
+            if isinstance(error, BrokenProcessPool | OSError):
+                killed = isinstance(error, BrokenProcessPool)
+                reason = "one was killed" if killed else one_line(error)
+                text = f"worker processes failed ({reason}); try a smaller --threads"
+                raise (OutOfMemoryError if lacks_memory(error) else InputError)(text) from error
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -1940,8 +1946,9 @@ class Result:
 def seed_map(labels):
     """Return a map (ny, nx) that is 255 at a seed for each label, else 0, as uint8.
 
-    Each seed is 4-connected, and no two of them touch, not even diagonally. Of two labels that
-    touch, the larger gives up the pixels that do. A label may have no others, and no seed then.
+    Each seed is 4-connected, and no two of them touch, not even diagonally. Of each label the
+    largest connected part is taken. Where two of these touch, the larger gives up its pixels that
+    touch the other; if it has no others, it has no seed.
     """
     labels = largest_parts(labels)
     areas = np.bincount(labels[labels > 0])
@@ -1953,7 +1960,7 @@ def seed_map(labels):
         a, b = labels[one], labels[other]
         touching = np.nonzero((a != b) & (a > 0) & (b > 0))
         larger = rank[a[touching]] > rank[b[touching]]
-        seeds[one][touching] *= ~larger
+        seeds[one][touching] *= ~larger  # slices are views: this changes `seeds` itself
         seeds[other][touching] *= larger
     return np.where(largest_parts(seeds), 255, 0).astype(np.uint8)
 
@@ -1961,8 +1968,9 @@ def seed_map(labels):
 def largest_parts(labels):
     """Return a map of labels (ny, nx) with the largest 4-connected part of each, else 0."""
     padded = np.pad(labels, ((0, 0), (0, 1)))  # so that no row continues in the next one
+    # Runs of equal labels, also 0, in a row; run 0 has no pixels if the first one has a label.
     starts = np.diff(padded.ravel(), prepend=0) != 0
-    run = starts.cumsum(dtype=np.int32).reshape(padded.shape)  # of equal labels in a row
+    run = starts.cumsum(dtype=np.int32).reshape(padded.shape)
     label = np.zeros(run[-1, -1] + 1, labels.dtype)
     label[run] = padded
     linked = (padded[:-1] == padded[1:]) & (padded[1:] > 0)
@@ -1975,7 +1983,7 @@ def largest_parts(labels):
             part = part[part]
     lengths = np.diff(np.flatnonzero(starts), prepend=0, append=starts.size)
     by_area = np.argsort(-np.bincount(part, lengths), kind="stable")
-    _, largest = np.unique(label[by_area], return_index=True)
+    _, largest = np.unique(label[by_area], return_index=True)  # where each label comes first
     return np.where(np.isin(part, by_area[largest])[run], padded, 0)[:, :-1]
 
 
@@ -2178,15 +2186,18 @@ def draw_overlay(path, result):
     """Draw the picture of the sources (PNG), with the most important warning below its title."""
     width, height = panel_size(result.field.mask.shape)
     whole = max(width + 1, 3.3)  # wide enough for the title
-    warning = textwrap.wrap(result.warning, int(13 * (whole - 1)))
-    size = whole, height + 1.1 + 0.18 * len(warning)
+    text = result.warning.encode(errors="backslashreplace").decode()  # for names of files
+    warning = textwrap.wrap(text, int(13 * (whole - 1)))  # 13 letters to the inch
+    room = 0.18 * len(warning)  # inches
+    size = whole, height + 1.1 + room
     place = np.divide([0.8, 0.6, width, height], [*size, *size])
     with figure_at(path, figsize=size, dpi=120) as figure:
         axes = figure.add_axes(place, anchor="W")
         show_sources(axes, result)
-        axes.set_title(axes.get_title("left"), loc="left", y=1, pad=6 + 0.18 * 72 * len(warning))
+        axes.set_title(axes.get_title("left"), loc="left", y=1, pad=6 + 72 * room)
         at = {"xycoords": "axes fraction", "xytext": (0, 4), "textcoords": "offset points"}
-        axes.annotate("\n".join(warning), (0, 1), **at, color="red", linespacing=1.25)
+        style = {"color": "red", "linespacing": 1.25, "parse_math": False}
+        axes.annotate("\n".join(warning), (0, 1), **at, **style)
 
 
 def draw_overview(path, result):
@@ -2202,7 +2213,7 @@ def draw_overview(path, result):
     in_colours = {"cmap": ListedColormap(colours), "vmin": 0, "vmax": len(objects)}
     tops, lefts = block_edges(labels.shape)
     largest = np.maximum.reduceat(np.maximum.reduceat(labels, tops), lefts, axis=1)
-    # Large letters, as the picture is mostly looked at with half of its pixels.
+    # Large letters, as the picture is mostly shown at half its size.
     with figure_at(path, font_size=22, figsize=whole, dpi=75, layout="compressed") as figure:
         panels = figure.subplots(2, 2).ravel()
         greys = show_sources(panels[0], result)
@@ -2411,10 +2422,15 @@ def counts_advice(field, values):
     thresh = level + np.diff(levels).min() * (rate + excess / area) - field.level()
     if not math.isfinite(thresh):
         return None
-    return (
+    text = (
         f"{100 * part:.0f} % of the pixels have the value {level:g}, so the noise is unknown: mask "
-        "them if they hold no data; else use an absolute threshold (--err-option none "
-        f"--thresh {thresh:.3g}) and smooth more (--filter-case gaussian --filter-fwhm {fwhm})"
+        "them if they hold no data"
+    )
+    if thresh <= 0:  # the background is not these pixels
+        return text
+    return (
+        f"{text}; else use an absolute threshold (--err-option none --thresh {thresh:.3g}) and "
+        f"smooth more (--filter-case gaussian --filter-fwhm {fwhm})"
     )
 
 
@@ -2463,7 +2479,8 @@ def seeds_advice(found, seeds):
     if seeds is None:
         return None
     lost = len(found.objects) - len(np.unique(found.segmentation[seeds > 0]))
-    return f"sources without a seed, as all their pixels touch others: {lost}" if lost else None
+    text = f"sources without a seed, as all their pixels touch other sources: {lost}"
+    return f"{text}; the segmentation map has them" if lost else None
 
 
 def no_sources_advice(field, found):
@@ -2499,21 +2516,26 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=Fa
 
 
 def words_of(path):
-    """Return a function that replaces options in a text by section and label in a form (XML)."""
+    """Return a function that replaces options in a text by section and label in a form (XML).
+
+    Of an option with several labels the first is taken.
+    """
     from xml.etree import ElementTree
 
     labels = {}
     try:
         inputs = ElementTree.parse(path).find("inputs")
-        for section in (inputs, *inputs.iter("section")):
+        for section in (*inputs.iter("section"), inputs):  # the last for what is in no section
             place = section.get("title", "").partition(":")[0]
             for item in section.iter():
                 option = item.get("argument") or option_of(item.get("name", ""))
                 label = item.get("label") or item.get("title")
-                labels[option] = f'"{place}: {label}"' if place else f'"{label}"'
-    except (OSError, ElementTree.ParseError, AttributeError, ValueError) as error:
+                if label and item.tag != "section":
+                    labels.setdefault(option, f'"{place}: {label}"' if place else f'"{label}"')
+    except Exception as error:  # the file may be anything
         raise argparse.ArgumentTypeError(f"{path}: not a Galaxy form ({error})") from error
-    return partial(re.sub, "--[a-z-]*[a-z]", lambda found: labels.get(found[0], found[0]))
+    option = r"(?<![\w.-])--[a-z-]*[a-z]"  # not within the name of a file
+    return partial(re.sub, option, lambda found: labels.get(found[0], found[0]))
 
 
 class Parser(argparse.ArgumentParser):
@@ -2581,7 +2603,7 @@ def build_parser():
     group = parser.add_argument_group("input")
     add = partial(add_option, group)
     text = "accept any product of this tool as an image, such as a background"
-    group.add_argument("--allow-product", action="store_true", help=text)
+    group.add_argument("--allow-product", action="store_true", default=None, help=text)
     add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)", "HDU")
     add("--plane", number(int, 0), "plane of a cube or stack, from 0", "INDEX")
     add("--mask", Path, "mask image, FITS or TIFF, of the same shape")
@@ -2654,7 +2676,7 @@ def build_parser():
         default = product.default.format(".fits or .tiff")
         note = f"default: {default}" if default else "on request"
         add(option_of(name), Path, f"{product.text} ({note})")
-    text = "of images except seeds; input: that of IMAGE (default: by file extension, else fits)"
+    text = "format of images except seeds; input: as IMAGE (default: by file extension, else fits)"
     add("--image-format", ("fits", "tiff", "input"), text)
 
     group = parser.add_argument_group("general")
@@ -2716,7 +2738,7 @@ def product_paths(args):
 def run(args, warned):
     """Process an image: read, find, measure, write.
 
-    `warned` has the log records of all warnings until now, also of those that come later.
+    `warned` is a list of the log records of warnings, to which each further one is added.
     """
     mesh, extraction, photometry = (
         kind(**{field.name: getattr(args, field.name) for field in fields(kind)})

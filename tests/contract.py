@@ -28,6 +28,7 @@ COLUMNS = [*FIRST, *(name for name in SEP_FIELDS if name not in FIRST), *LAST]
 NO_DEFAULT = """
 hdu plane mask mask_hdu mask_bits err_file err_hdu gain saturation filter_file measure_image
 measure_hdu measure_plane subtracted catalog_fits regions overview seeds image_format form
+allow_product
 """
 DEFAULTS = {
     **dict.fromkeys(NO_DEFAULT.split()),
@@ -37,7 +38,7 @@ DEFAULTS = {
     **{"filter_case": "default", "filter_fwhm": 2.0, "filter_type": "matched"},
     **{"deblend_nthresh": 32, "deblend_cont": 0.005, "clean": True, "clean_param": 1.0},
     **{"zeropoint": 0.0, "kron_factor": 2.5, "kron_min_radius": 3.5},
-    **{"allow_product": False, "output_dir": Path("."), "verbose": False, "quiet": False},
+    **{"output_dir": Path("."), "verbose": False, "quiet": False},
     "threads": 1,
 }
 NOT_IN_HISTORY = {"output_dir", "image_format", "form", "verbose", "quiet", "threads"}

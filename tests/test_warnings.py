@@ -61,6 +61,13 @@ def test_a_product_to_measure_on_is_refused_too(run, products):
 # Where warnings are seen
 
 
+@pytest.mark.parametrize("name", [r"a$\frac$.fits", "a\udcff.fits"])
+def test_a_warning_on_the_picture_may_hold_any_name(run, write, stars, name):
+    result = run(insert_cards(write(stars.astype(np.int16), name), b"BLANK   = '12'"))
+    assert result.code == 0
+    assert "BLANK" in result.err
+
+
 def test_warnings_are_reported_after_the_sources_the_weightiest_first(run, write):
     image = textured()
     image[:, :40] = 0  # padding; the waves are larger than a box

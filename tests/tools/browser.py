@@ -152,14 +152,16 @@ def _findings(galaxy: Galaxy, driver: Chrome) -> Iterator[tuple[str, list[str]]]
 def _words_without_tool(driver: Chrome) -> list[str]:
     """Type words into the search of the tools; return those that don't lead to this one."""
     box, missing = _find(driver, SEARCH), []
-    for word in (*WORDS, "no such tool"):
+    shown = expected_conditions.visibility_of_element_located
+    found = shown((By.CSS_SELECTOR, FOUND.format(TOOL_ID)))
+    for word in WORDS:
+        box.clear()
+        box.send_keys("no such tool")
+        WebDriverWait(driver, TIMEOUT).until_not(found)
         box.clear()
         box.send_keys(word)
-        wanted, found = word in WORDS, expected_conditions.visibility_of_element_located
-        condition = found((By.CSS_SELECTOR, FOUND.format(TOOL_ID)))
         try:
-            wait = WebDriverWait(driver, TIMEOUT)
-            wait.until(condition) if wanted else wait.until_not(condition)
+            _find(driver, FOUND.format(TOOL_ID))
         except TimeoutException:
             missing.append(word)
     box.clear()
