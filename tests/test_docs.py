@@ -71,8 +71,8 @@ def test_the_tutorial_counts_the_sources_that_its_steps_find(run, data):
     for name, count in counts.items():
         assert f"{count} sources" in tutorial, name
     for name in ("default", "threshold", "galaxies", "contrast"):
-        ((cells, pictures),) = re.findall(rf"(\|.*\|)\n.*\n(\|.*/{name}\.png.*)", tutorial)
-        column = next(n for n, cell in enumerate(pictures.split("|")) if f"/{name}.png" in cell)
+        ((cells, pictures),) = re.findall(rf"(\|.*\|)\n.*\n(\|.*/{name}\.jpg.*)", tutorial)
+        column = next(n for n, cell in enumerate(pictures.split("|")) if f"/{name}.jpg" in cell)
         assert f"{counts[name]} sources" in cells.split("|")[column], name
 
 

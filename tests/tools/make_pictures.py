@@ -42,7 +42,7 @@ def save(picture, path):
 
 
 def main():
-    """Write static/images/sources.png and docs/tutorial/*.png."""
+    """Write static/images/sources.png and docs/tutorial/*."""
     with TemporaryDirectory() as directory:
         for name, call in TUTORIAL.items():
             picture = extract(directory, *call)
@@ -50,7 +50,7 @@ def main():
                 save(picture, "static/images/sources.png")
             height = round(picture.height * WIDTH / picture.width)
             small = picture.resize((WIDTH, height), Image.Resampling.LANCZOS)
-            save(small, f"docs/tutorial/{name}.png")
+            small.save(ROOT / f"docs/tutorial/{name}.jpg", quality=80)
         extract(directory, *SEEDS)
         seeds = tifffile.imread(Path(directory, "seeds.tif"))
     cells = expand_labels(label(seeds), distance=max(seeds.shape))
