@@ -2187,7 +2187,8 @@ def draw_overlay(path, result):
     width, height = panel_size(result.field.mask.shape)
     whole = max(width + 1, 3.3)  # wide enough for the title
     text = result.warning.encode(errors="backslashreplace").decode()  # for names of files
-    warning = textwrap.wrap(text, int(13 * (whole - 1)))  # 13 letters to the inch
+    # 12 letters to the inch; options stay whole.
+    warning = textwrap.wrap(text, int(12 * (whole - 1)), break_on_hyphens=False)
     room = 0.18 * len(warning)  # inches
     size = whole, height + 1.1 + room
     place = np.divide([0.8, 0.6, width, height], [*size, *size])
@@ -2893,7 +2894,9 @@ def start_logging(args, words):
     """
 
     def reword(record):
-        record.msg, record.args = words(record.getMessage()), ()
+        text = record.getMessage()  # of which a file name may contain line breaks
+        text = one_line(text) if record.levelno >= logging.WARNING else text
+        record.msg, record.args = words(text), ()
         return True
 
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
