@@ -17,7 +17,7 @@ from truth import nearest
 
 # Definitions: sums over the subtracted image, by numpy
 
-DIAMETERS = (5, 7.5, 16, 10_000)
+DIAMETERS = (5, 7.5, 16)
 ZEROPOINT = 22.5
 NOISE_OPTIONS = {
     "global": [],
@@ -65,10 +65,26 @@ def elliptical_radius(source, shape):
     return np.hypot(along / source.a, across / source.b)
 
 
-def in_circle(image, source, diameter, measured):
-    """Return the sum of an image in a circle about a source, without neighbours."""
-    own = np.where(own_or_sky(measured.segmentation, source), image, 0)
-    return sep.sum_circle(own, [source.x], [source.y], diameter / 2, subpix=0)[0][0]
+def circle(source, diameter, measured):
+    """Return the part of each pixel in a circle, without neighbours: exact, by `disc_below`."""
+    ny, nx = measured.residual.shape
+    x, y = np.arange(nx + 1) - 0.5 - source.x, np.arange(ny + 1) - 0.5 - source.y
+    corners = disc_below(x, y[:, np.newaxis], diameter / 2)
+    return np.diff(np.diff(corners, axis=0), axis=1) * own_or_sky(measured.segmentation, source)
+
+
+def disc_below(x, y, r):
+    """Return the area of the part of a disc about 0 that has abscissae < x and ordinates < y."""
+    x, y = np.clip(x, -r, r), np.clip(y, -r, r)
+    c = np.sqrt(r**2 - y**2)  # the line of height y is a chord from -c to c
+
+    def under_arc(x):
+        return (x * np.sqrt(r**2 - x**2) + r**2 * np.arcsin(x / r)) / 2
+
+    middle = np.clip(x, -c, c)
+    area = under_arc(middle) - under_arc(-c) + y * (middle + c)
+    sides = under_arc(np.minimum(x, -c)) - under_arc(-r) + under_arc(np.maximum(x, c))
+    return area + np.where(y > 0, 2 * (sides - under_arc(c)), 0)
 
 
 def own_or_sky(segmentation, source):
@@ -105,10 +121,7 @@ def test_auto_sums_the_pixels_in_the_kron_ellipse_without_neighbours(measured):
         r = elliptical_radius(source, measured.residual.shape)
         own = own_or_sky(measured.segmentation, source)
         near, inside = (r <= 6) & own, (r < source.kron_radius) & own
-        in_it, a_pixel_wider = source.kron_radius, source.kron_radius + 1 / source.b
-        neighbour, close = ((~own & (r < reach)).any() for reach in (in_it, a_pixel_wider))
-        assert neighbour <= bool(source.flag_auto & sep.APER_HASMASKED) <= close
-        crowded += neighbour
+        crowded += (inside != (r < source.kron_radius)).any()
         light = measured.residual[near]
         moment = np.sum(r[near] * light) / np.sum(light)
         radii.append(max(2.5 * moment, 3.5) if moment > 0 else 3.5)
@@ -121,10 +134,11 @@ def test_auto_sums_the_pixels_in_the_kron_ellipse_without_neighbours(measured):
 
 @pytest.mark.parametrize("diameter", DIAMETERS)
 def test_apertures_sum_the_pixels_in_the_circle_without_neighbours(measured, diameter):
-    flux, variance = (
-        [in_circle(image, source, diameter, measured) for source in measured.catalog.itertuples()]
-        for image in (measured.residual, measured.noise**2)
-    )
+    sums = []
+    for source in measured.catalog.itertuples():
+        weight = circle(source, diameter, measured)
+        sums.append((np.sum(weight * measured.residual), np.sum(weight * measured.noise**2)))
+    flux, variance = np.transpose(sums)
     assert_allclose(measured.catalog[f"flux_aper_{diameter:g}"], flux, rtol=1e-5, atol=1e-2)
     assert_allclose(measured.catalog[f"fluxerr_aper_{diameter:g}"], np.sqrt(variance))
 
@@ -133,8 +147,8 @@ def test_half_of_auto_falls_within_flux_radius(measured):
     sized = measured.catalog[measured.catalog["flux_radius"].notna()]
     assert len(sized) > 20
     for source in sized.itertuples():
-        flux = in_circle(measured.residual, source, 2 * source.flux_radius, measured)
-        assert flux == pytest.approx(source.flux_auto / 2, rel=0.05)
+        weight = circle(source, 2 * source.flux_radius, measured)
+        assert np.sum(weight * measured.residual) == pytest.approx(source.flux_auto / 2, rel=0.05)
 
 
 def error_ellipse(residual, noise, own, x, y, sigma, gain=np.inf):
@@ -184,12 +198,29 @@ def test_position_errors_leave_out_masked_pixels_and_what_is_beyond_the_edge(run
     assert a > 1.05 * b
 
 
+def test_auto_is_seps_with_sextractors_recipe(measured):
+    catalog = measured.catalog
+    shape = [catalog[name].to_numpy() for name in ("x", "y", "a", "b", "theta")]
+    shape[4] = np.clip(shape[4], -np.pi / 2, np.pi / 2)
+    residual, labels = measured.residual.astype("f4"), measured.segmentation.astype("i4")
+    others = {"segmap": labels, "seg_id": catalog["id"].to_numpy(np.int32)}
+    kron, kron_flag = sep.kron_radius(residual, *shape, 6.0, **others)
+    kron = np.maximum(2.5 * kron, 3.5)
+    ellipses = {"err": measured.noise, "subpix": 1, **others}
+    flux, error, flag = sep.sum_ellipse(residual, *shape, kron, **ellipses)
+    assert_allclose(catalog["kron_radius"], kron, rtol=1e-6)
+    assert_allclose(catalog["flux_auto"], flux, rtol=1e-6, atol=1e-3)
+    assert_allclose(catalog["fluxerr_auto"], error, rtol=1e-6)
+    of_the_larger_reach = sep.APER_TRUNC | sep.APER_HASMASKED
+    assert_array_equal(catalog["flag_auto"], flag | (kron_flag & ~of_the_larger_reach))
+
+
 # Options
 
 
-def test_the_zeropoint_shifts_all_magnitudes_and_nothing_else(run, image):
-    options = "--aperture-diameters", 6, "--zeropoint"
-    plain, shifted = (run(image, *options, point).catalog for point in (0, -3.25))
+def test_the_zeropoint_shifts_all_magnitudes_and_nothing_else(run, write, stars):
+    options = write(stars), "--aperture-diameters", 6
+    plain, shifted = (run(*options, *more).catalog for more in ((), ("--zeropoint", -3.25)))
     magnitudes = ["mag_auto", "mag_aper_6"]
     assert_allclose(shifted[magnitudes] - plain[magnitudes], -3.25)
     pd.testing.assert_frame_equal(
@@ -198,17 +229,20 @@ def test_the_zeropoint_shifts_all_magnitudes_and_nothing_else(run, image):
 
 
 @pytest.mark.parametrize(("factor", "least"), [(2.0, 1.0), (1.0, 5.0)])
-def test_kron_options_are_factor_and_least_radius(run, image, factor, least):
+def test_kron_options_are_factor_and_least_radius(run, write, stars, factor, least):
+    image = write(stars)
+
     def radius(factor, least):
-        options = "--kron-factor", factor, "--kron-min-radius", least
-        return run(image, *options).catalog["kron_radius"]
+        result = run(image, "--kron-factor", factor, "--kron-min-radius", least)
+        return result.catalog["kron_radius"]
 
     expected = np.maximum(factor * radius(1, 1e-3), least)
     assert_allclose(radius(factor, least), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("gain", "noise"), [(0.5, "float_globalrms"), (4.0, "array_rms")])
-def test_gain_adds_the_poisson_noise_of_the_source(run, image, gain, noise):
+def test_gain_adds_the_poisson_noise_of_the_source(run, write, stars, gain, noise):
+    image = write(stars)
     options = ("--err-option", noise, "--thresh", 5, "--aperture-diameters", 6)
     dark, bright = (run(image, *options, *more).catalog for more in ([], ["--gain", gain]))
     for kind in ("auto", "aper_6"):
@@ -299,5 +333,17 @@ def test_windowed_centroids_do_not_run_away_to_a_bright_neighbour(run, write):
     options = ("--thresh", 5, "--deblend-cont", 1e-4, "--filter-case", "none")
     catalog = run(write(image), *options).catalog
     found = rows_at(catalog, faint["x"].data, faint["y"].data)
+    sigma = 2 / 2.35 * found["flux_radius"].to_numpy()
+    plain_x, plain_y, _ = sep.winpos(image - 100, found["x"], found["y"], sigma)
+    assert np.median(np.hypot(plain_x - faint["x"], plain_y - faint["y"])) > 3
     assert np.hypot(found["xwin"] - faint["x"], found["ywin"] - faint["y"]).max() < 0.5
     assert found["xwin"].notna().all()
+
+
+def test_an_aperture_wider_than_the_image_sums_all_of_it(run, write, stars, tmp_path):
+    subtracted = tmp_path / "subtracted.fits"
+    options = "--thresh", 5, "--subtracted", subtracted, "--aperture-diameters", 10_000
+    result = run(write(stars), *options)
+    residual, segmentation = fits.getdata(subtracted).astype(float), result.image("segmentation")
+    sums = [residual[own_or_sky(segmentation, s)].sum() for s in result.catalog.itertuples()]
+    assert_allclose(result.catalog["flux_aper_10000"], sums, rtol=1e-4)
