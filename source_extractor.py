@@ -2140,10 +2140,11 @@ def show_image(axes, picture, shape, **style):
     return axes.imshow(picture, origin="lower", extent=extent, interpolation="nearest", **style)
 
 
-def show_sources(axes, result):
+def show_sources(axes, result, room=0):
     """Show the background-subtracted image in grey, with a red ellipse (3a, 3b) for each source.
 
-    Masked and interpolated pixels are tinted blue. Returns the grey scale.
+    Masked and interpolated pixels are tinted blue. `room` (inches) is left free below the title.
+    Returns the grey scale.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import EllipseCollection
@@ -2161,7 +2162,7 @@ def show_sources(axes, result):
         # The opacity is proportional to the masked part of a block.
         tint = LinearSegmentedColormap.from_list("tint", [(0.1, 0.3, 1, 0), (0.1, 0.3, 1, 0.5)])
         show_image(axes, tint(masked, bytes=True), field.mask.shape)
-    axes.set_title(title, loc="left", y=1)
+    axes.set_title(title, loc="left", y=1, pad=6 + 72 * room)
     x, y, a, b, theta = (objects[name] for name in ("x", "y", "a", "b", "theta"))
     place = {"units": "xy", "offsets": np.column_stack([x, y]), "offset_transform": axes.transData}
     style = {"facecolors": "none", "edgecolors": "red", "linewidths": 0.8}
@@ -2194,8 +2195,7 @@ def draw_overlay(path, result):
     place = np.divide([0.8, 0.6, width, height], [*size, *size])
     with figure_at(path, figsize=size, dpi=120) as figure:
         axes = figure.add_axes(place, anchor="W")
-        show_sources(axes, result)
-        axes.set_title(axes.get_title("left"), loc="left", y=1, pad=6 + 72 * room)
+        show_sources(axes, result, room)
         at = {"xycoords": "axes fraction", "xytext": (0, 4), "textcoords": "offset points"}
         style = {"color": "red", "linespacing": 1.25, "parse_math": False}
         axes.annotate("\n".join(warning), (0, 1), **at, **style)
@@ -2797,7 +2797,8 @@ def run(args, warned):
         catalog = build_catalog(
             columns, found, measured, field, measure_field, origin.wcs, photometry
         )
-        worst = max(warned, key=lambda record: record.levelno, default=None)
+        by_weight = sorted(warned, key=lambda record: -record.levelno)
+        messages = [record.getMessage() for record in by_weight]
         result = Result(
             origin=origin,
             field=field,
@@ -2805,12 +2806,12 @@ def run(args, warned):
             catalog=catalog,
             columns=name_units(columns, origin.unit, measure_origin.unit),
             seeds=seeds,
-            warning=worst.getMessage() if worst else "",
+            warning=messages[0] if messages else "",
             settings=describe_settings(args, origin),
             image_format=args.image_format,
         )
         write_products(paths, targets, result, args.threads)
-    report(found, warned, lines, targets)
+    report(found, messages, lines, targets)
 
 
 def warn(level, *texts):
@@ -2874,14 +2875,14 @@ def describe_field(field):
     ]
 
 
-def report(found, warned, lines, targets):
-    """Log the number of sources, all warnings, these lines, and the names of the products.
+def report(found, messages, lines, targets):
+    """Log the number of sources, the warnings, these lines, and the names of the products.
 
     Galaxy shows the first lines in its history.
     """
     log.info("sources       %d", len(found.objects))
-    for record in sorted(warned, key=lambda record: -record.levelno):
-        log.info("warning       %s", record.getMessage())
+    for message in messages:
+        log.info("warning       %s", message)
     for line in lines:
         log.info(line)
     log.info("written       %s", ", ".join(path.name for path in targets.values()))

@@ -76,10 +76,8 @@ def test_products_are_those_of_sep(run, write, tmp_path, field, options, keyword
 
 
 def test_products_of_the_test_sky_are_those_of_sep(everything):
-    image, result = (
-        fits.getdata(SKY).astype(np.float32),
-        Run(0, "", "", everything, read_catalog(everything)),
-    )
+    image = fits.getdata(SKY).astype(np.float32)
+    result = Run(0, "", "", everything, read_catalog(everything))
     expected = direct(image)
     assert_same(result, expected)
     assert_subtracted(everything / "subtracted.fits", image, expected)
