@@ -202,6 +202,14 @@ HARMLESS = re.compile(
     "non-ASCII characters|trailing END keyword|only applicable to integer data|convention: ESO-LOG"
 )
 
+# Cards, and words in the HISTORY, of an image that was cut or resampled since it was taken.
+RESAMPLED = re.compile(
+    r"(?im)^(RESAMP|COMBINET|NDRIZIM|TRIM(?!SEC)|LTV)|swarp|drizzl|reproject|resampl|trimmed"
+)
+
+# Cards that place an image on the sky.
+WCS_CARD = re.compile(r"C(TYPE|UNIT|RVAL|RPIX|DELT|ROTA)\d|L(ON|AT)POLE|(CD|P[CV])\d+_|[AB]P?_")
+
 CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")  # CTYPE of a sky axis
 
 # Limits for opening a file, without reading its pixels: seconds of CPU time, bytes of memory.
@@ -219,6 +227,7 @@ LIBRARY_BYTES = {resource.RLIMIT_AS: 5 * 10**8, resource.RLIMIT_DATA: 10**8}
 class Origin:
     """Which file a plane comes from, and what the file says about its pixels."""
 
+    path: Path
     name: str  # for messages: file, and HDU if there is one
     dtype: str  # of the pixels in the file
     hdu: int | None = None
@@ -230,6 +239,8 @@ class Origin:
     product: str | None = None  # name of the product, if the file was written by this tool
     plane: int | None = None  # --plane, if given
     saturation: float = math.nan  # SATURATE, or --saturation
+    mosaic: str | None = None  # colours of neighbouring pixels in a raw frame, such as RGGB
+    header: fits.Header | None = None  # of a FITS file, with what it inherits
 
 
 class Stack(NamedTuple):
@@ -239,6 +250,7 @@ class Stack(NamedTuple):
     axes: list[str]
     shape: tuple[int, ...]
     image_axes: list[int]  # the two axes of a plane
+    images: int  # number of images of the file that `hdu` names, of which this is the first
     read: Callable[[tuple], np.ndarray]  # returns the pixels at these indices
 
 
@@ -323,7 +335,7 @@ def summarizing_warnings(path):
         log.warning("%s: read with warnings: %s%s", path.name, texts[0], more)
 
 
-def read_plane(path, hdu=None, plane=None, *, single_serves_all=False):
+def read_plane(path, hdu=None, plane=None, image=None):
     """Read one 2-D plane of a FITS or TIFF file; the format is recognised from the content.
 
     Raises InputError if the file can't be read, or has no such HDU or plane.
@@ -335,8 +347,9 @@ def read_plane(path, hdu=None, plane=None, *, single_serves_all=False):
         Index; in FITS also EXTNAME, or EXTNAME,EXTVER. By default the first with an image.
     plane : int, optional
         Plane of a cube, stack or colour image, counted from 0 over its other axes, flattened.
-    single_serves_all : bool
-        Accept a file with a single plane for any `plane`, such as one mask for a whole stack.
+    image : Origin, optional
+        The image that a mask or noise image belongs to. Such a file with a single plane is accepted
+        for any `plane`, such as one mask for a whole stack.
 
     Returns
     -------
@@ -362,9 +375,14 @@ def read_plane(path, hdu=None, plane=None, *, single_serves_all=False):
         try_to_open(path, opened)
         files.enter_context(summarizing_warnings(path))
         stack = files.enter_context(opened())
-        indices = choose_plane(stack, plane, single_serves_all)
+        indices = choose_plane(stack, plane, image is not None)
         with reading(path):  # `reshape` fails if damaged pages have another shape
             pixels = stack.read(indices).reshape([stack.shape[n] for n in sorted(stack.image_axes)])
+    if stack.images > 1:
+        same = image and image.hdu == stack.origin.hdu and path.samefile(image.path)
+        name = f"{stack.origin.name}{', the image itself' if same else ''}"
+        text = "%s: the first of %d images is used; choose another with the HDU option"
+        log.warning(text, name, stack.images)
     return replace(stack.origin, plane=plane), pixels.transpose(np.argsort(stack.image_axes))
 
 
@@ -422,11 +440,12 @@ def open_fits(path, source, hdu):
         with reading(path):
             # uint=False: else astropy ignores BLANK in unsigned integers.
             hdus = fits.open(file, memmap=False, uint=False)
-            number, chosen = find_hdu(path, hdus, hdu)
+            found = find_hdus(path, hdus, hdu)
+            chosen = hdus[number := found[0]]
             name = chosen.name
             if value_of(chosen.header, "BZERO") == 2**63:  # float64 would round these integers
                 chosen = fits.open(file, memmap=False, uint=True)[number]
-            header, shape = chosen.header, chosen.shape
+            header, shape = inherited(hdus, chosen.header), chosen.shape
             dtype = fits.BITPIX2DTYPE[header["BITPIX"]]
         numbers = range(len(shape), 0, -1)  # FITS numbers axes in reverse
         axes = [str(value_of(header, f"CTYPE{n}") or f"NAXIS{n}") for n in numbers]
@@ -442,7 +461,8 @@ def open_fits(path, source, hdu):
             use_section = packed or image_axes[1] == len(shape) - 1
             return (chosen.section if use_section else chosen.data)[indices]
 
-        wcs = celestial_wcs(path, hdus, header, [numbers[axis] for axis in image_axes[::-1]])
+        image_numbers = [numbers[axis] for axis in image_axes[::-1]]
+        wcs = celestial_wcs(path, hdus, header, image_numbers, [shape[n] for n in image_axes])
         unit, saturation = str(value_of(header, "BUNIT") or ""), number_of(header, "SATURATE")
         beam, major, minor = None, number_of(header, "BMAJ"), number_of(header, "BMIN")
         if wcs and major > 0 and minor > 0 and re.search(r"(?i)\bbeam\b", unit):
@@ -450,6 +470,7 @@ def open_fits(path, source, hdu):
             beam = square_degrees / wcs.proj_plane_pixel_area().value
         yield Stack(
             Origin(
+                path=path,
                 name=f"{path.name}[{number}] {name}".rstrip(),
                 dtype=dtype,
                 hdu=number,
@@ -458,10 +479,13 @@ def open_fits(path, source, hdu):
                 beam=beam,
                 product=product_of(str(value_of(header, "HISTORY") or "")),
                 saturation=saturation if 0 < saturation < LARGEST else math.nan,
+                mosaic=str(value_of(header, "BAYERPAT") or "") or None,
+                header=header,
             ),
             axes,
             shape,
             image_axes,
+            len(found),
             read,
         )
 
@@ -513,32 +537,55 @@ def number_of(header, key):
     return value if type(value) in (int, float) else math.nan
 
 
-def find_hdu(path, hdus, wanted):
-    """Return the index and the HDU of the image that `wanted` names, by default of the first."""
-    contents, problem = [], "no extension (HDU) holds an image"
-    if wanted is not None:
-        problem = f"no such extension (HDU): {wanted}"
+def find_hdus(path, hdus, wanted):
+    """Return the indices of the images that `wanted` names, by default of all.
+
+    `wanted` is an index, EXTNAME, or EXTNAME,N. N is EXTVER or, if several HDUs or none have that,
+    counts those of this name.
+    """
+    images, names, contents, named, counted = [], [], [], {}, {}
     for number, hdu in enumerate(hdus):
         for key in ("EXTNAME", "EXTVER"):  # astropy fails if it can't parse one of these
             if value_of(hdu.header, key) is None:
                 hdu.header.remove(key, ignore_missing=True)
-        name, size = hdu.name.upper(), "table"
-        names = [str(number)] if (wanted or "").isdecimal() else [name, f"{name},{hdu.ver}"]
-        if wanted is None or wanted.upper() in names:
-            if hdu.is_image and len(hdu.shape) > 1 and math.prod(hdu.shape) > 0:
-                return number, hdu
-            if wanted is not None:
-                problem = f"no image in extension (HDU): {wanted}"
-        if hdu.is_image:
-            size = " x ".join(map(str, reversed(hdu.shape))) or "empty"
+        names.append(name := hdu.name.upper())
+        for key in (str(number), name, f"{name},{hdu.ver}"):
+            named.setdefault(key, []).append(number)
+        counted[f"{name},{names.count(name)}"] = [number]
+        if hdu.is_image and len(hdu.shape) > 1 and math.prod(hdu.shape) > 0:
+            images.append(number)
+        size = " x ".join(map(str, reversed(hdu.shape))) or "empty" if hdu.is_image else "table"
         contents.append(f"{number} {hdu.name or '(no name)'}: {size}")
+    found, problem = images, "no extension (HDU) holds an image"
+    if wanted is not None:
+        found = named.get(wanted.upper(), [])
+        found = found if len(found) == 1 else counted.get(wanted.upper(), found)
+        problem = f"{'no image in' if found else 'no such'} extension (HDU): {wanted}"
+    if found := [number for number in found if number in images]:
+        return found
     if len(contents) > 20:
         contents[20:] = [f"and {len(contents) - 20} more"]
     raise InputError(f"{path.name}: {problem}; the file has {'; '.join(contents)}")
 
 
-def celestial_wcs(path, hdus, header, axes):
-    """Return the celestial WCS of two FITS axes, given by their numbers; None if there is none."""
+def inherited(hdus, header):
+    """Return the header; if it says INHERIT = T, with what it lacks of the primary header.
+
+    Sky coordinates are only inherited as a whole.
+    """
+    header, own_sky = header.copy(), any(key.startswith("CTYPE") for key in header)
+    if value_of(header, "INHERIT") is True:
+        cards = hdus[0].header.cards
+        more = [card for card in cards if not (own_sky and WCS_CARD.match(card.keyword))]
+        header.extend(fits.Header(more), unique=True)
+    return header
+
+
+def celestial_wcs(path, hdus, header, axes, shape):
+    """Return the celestial WCS of two FITS axes, given by their numbers; None if there is none.
+
+    `shape` (ny, nx) is that of the image in these axes.
+    """
     if not any(f"CTYPE{axis}" in header for axis in axes):
         return None
     from astropy.wcs import WCS, Sip
@@ -546,7 +593,8 @@ def celestial_wcs(path, hdus, header, axes):
     needed = re.compile(rf"(CRVAL|CRPIX|CDELT|CD|PC|PV)[{axes[0]}{axes[1]}](_\d+)?$")
     try:
         with warnings.catch_warnings(action="ignore"):
-            wcs = WCS(without_double_distortion(path, header, axes), hdus, naxis=axes)
+            header, other, conflict = without_conflict(header, axes)
+            wcs = WCS(header, hdus, naxis=axes)
             if not wcs.has_celestial:
                 return None
             wcs.to_fits(relax=True)[0].verify("exception")  # can it be written?
@@ -561,6 +609,11 @@ def celestial_wcs(path, hdus, header, axes):
         reason = one_line(error) or type(error).__name__
         log.warning("%s: WCS can't be used and is left out (%s)", path.name, reason)
         return None
+    if conflict:
+        shift = largest_shift(wcs, partial(WCS, other, hdus, naxis=axes), shape)
+        if not shift <= 0.01:
+            more = f"; they differ by up to {shift:.3g} pixels" if math.isfinite(shift) else ""
+            log.warning("%s: its WCS has %s%s", path.name, conflict, more)
     if wcs.sip:  # astropy takes CRPIX1 and CRPIX2 as its centre, even if `axes` are others
         wcs.sip = Sip(wcs.sip.a, wcs.sip.b, wcs.sip.ap, wcs.sip.bp, wcs.wcs.crpix)
         if not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
@@ -569,21 +622,44 @@ def celestial_wcs(path, hdus, header, axes):
     return wcs
 
 
-def without_double_distortion(path, header, axes):
-    """Return the header or, if it has both SIP and PV distortions, one without one of them.
+def without_conflict(header, axes):
+    """Return the header without one of two WCS that exclude each other, that other, and a text.
 
-    astropy would apply both. SIP is kept for a CTYPE of TAN-SIP; PV for TPV, and for TAN, which
-    SCAMP writes.
+    astropy would apply both SIP and PV distortions: SIP is kept for a CTYPE of TAN-SIP; PV for TPV,
+    and for TAN, which SCAMP writes. Of a CD and a PC matrix, CD is kept, which plate solvers write.
+    Without a conflict the other header and the text are None.
     """
     kinds = {str(value_of(header, f"CTYPE{axis}"))[5:].strip() for axis in axes}
-    sip = {key for key in header if re.match(r"[AB]P?_(ORDER|\d+_\d+)$", key)}
-    pv = {key for key in header if re.match(rf"PV[{axes[0]}{axes[1]}]_\d+$", key)}
+    patterns = r"[AB]P?_(ORDER|\d+_\d+)$", rf"PV[{axes[0]}{axes[1]}]_\d+$", r"CD\d_", r"PC\d_"
+    sip, pv, cd, pc = ({key for key in header if re.match(form, key)} for form in patterns)
     scamp = kinds <= {"TAN", "TAN-SIP"} and any(int(key[4:]) > 4 for key in pv)
-    if not sip or not (scamp or kinds == {"TPV"}):
-        return header
-    kept, ignored, keys = ("SIP", "PV", pv) if kinds == {"TAN-SIP"} else ("PV", "SIP", sip)
-    log.warning("%s: SIP and PV in its WCS: %s is used, %s ignored", path.name, kept, ignored)
-    return fits.Header(card for card in header.cards if card.keyword not in keys)
+    both = {"CD": cd, "PC": pc}
+    if sip and (scamp or kinds == {"TPV"}):
+        both = {"SIP": sip, "PV": pv} if kinds == {"TAN-SIP"} else {"PV": pv, "SIP": sip}
+    elif not (cd and pc):
+        return header, None, None
+    kept, other = both
+    first, second = (
+        fits.Header(card for card in header.cards if card.keyword not in both[name])
+        for name in (other, kept)
+    )
+    return first, second, f"{kept} and {other}: {kept} is used, {other} ignored"
+
+
+def largest_shift(wcs, make_other, shape):
+    """Return by how many pixels a WCS of an image (ny, nx) differs at most from another one.
+
+    They are compared at the corners, the middles of the sides, and the centre. Returns nan if the
+    other can't be made or compared.
+    """
+    from astropy.utils import iers
+
+    x, y = np.meshgrid(*(np.linspace(0, n - 1, 3) for n in shape[::-1]))
+    offline = iers.conf.set_temp("auto_download", False)
+    with suppress(Exception), warnings.catch_warnings(action="ignore"), offline:
+        dx, dy = np.subtract(make_other().world_to_pixel(wcs.pixel_to_world(x, y)), (x, y))
+        return float(np.nanmax(np.hypot(dx, dy)))
+    return math.nan
 
 
 class FileWithoutDescriptor(io.FileIO):
@@ -619,31 +695,46 @@ def open_tiff(path, hdu):
             palette = palette and bool((np.diff(page.colormap.astype(int)) < 0).any())
             dtype, description = series.dtype.name, page.description
             black = (1 << page.bitspersample) - 1 if white else None
-        if hdu is None and last > 0:
-            text = "%s: read the first of its %d images; choose one, 0 to %d, with the HDU option"
-            log.warning(text, path.name, last + 1, last)
+            offset, slope = tiff_calibration(path, tiff)
         origin = Origin(
+            path=path,
             name=f"{path.name}[{number}]" if last else path.name,
             dtype=dtype,
             hdu=number if last else None,
             black=black,
             palette=palette,
             product=product_of(description),
+            mosaic="CFA" if colours == tifffile.PHOTOMETRIC.CFA else None,
         )
-        read = partial(read_series, path, tiff, series)
-        yield Stack(origin, list(axes), shape, image_axes, read)
+
+        def read(indices):
+            stored = read_series(path, tiff, series, indices)
+            return stored if (offset, slope) == (0, 1) else to_float(stored) * slope + offset
+
+        yield Stack(origin, list(axes), shape, image_axes, 1 if hdu else last + 1, read)
+
+
+def tiff_calibration(path, tiff):
+    """Return offset and slope of ImageJ's calibration of pixel values, by default 0 and 1."""
+    imagej, tags = tiff.imagej_metadata or {}, tiff.pages[0].tags
+    line = number_of(imagej, "c0"), number_of(imagej, "c1")
+    linear = imagej.get("cf") == 0 and math.isfinite(sum(line)) and line[1] != 0
+    scaled = re.search("role=.(scale|offset)", str(tags.valueof("GDAL_METADATA")))
+    if scaled or ("cf" in imagej and not linear):
+        log.warning("%s: its calibration of pixel values is not applied", path.name)
+    return line if linear else (0, 1)
 
 
 def read_series(path, tiff, series, indices):
     """Return the pixels of a TIFF series at some indices, if possible without reading the rest."""
-    if series.dataoffset is not None:  # contiguous, not compressed
+    if series.dataoffset is not None and series.transform is None:  # contiguous, not compressed
         dtype = np.dtype(tiff.byteorder + series.dtype.char)
         return np.array(np.memmap(path, dtype, "r", series.dataoffset, series.shape)[indices])
     page, depth = series.keyframe, series.ndim - series.keyframe.ndim
     outer, inner, stacked = indices[:depth], indices[depth:], series.shape[:depth]
     pages_are_planes = (*stacked, *page.shape) == series.shape and slice(None) not in outer
     # One worker, since the stacks of threads count against `ulimit -v`.
-    if not pages_are_planes or len(series.pages) != math.prod(stacked):
+    if not pages_are_planes or series.transform or len(series.pages) != math.prod(stacked):
         return series.asarray(maxworkers=1)[indices]
     page = series.pages[int(np.arange(math.prod(stacked)).reshape(stacked)[outer])]
     if page is None:
@@ -675,8 +766,8 @@ def read_image(path, hdu=None, plane=None, blank=(), allow_product=False):
     """Read the plane to work on; parameters, returns and errors as in `read_plane`.
 
     The pixels are float64 if the file has float64 or integers of more than 16 bits, else float32.
-    Pixels with one of the values in `blank` become nan. A product of this tool, except the
-    background-subtracted image, is refused unless `allow_product`.
+    Pixels with one of the values in `blank` become nan, and so does overscan. A product of this
+    tool, except the background-subtracted image, is refused unless `allow_product`.
     """
     origin, stored = read_plane(path, hdu, plane)
     if origin.product not in (None, "subtracted") and not allow_product:
@@ -693,12 +784,68 @@ def read_image(path, hdu=None, plane=None, blank=(), allow_product=False):
             "%s: 0 is white in this TIFF: inverted, so that larger is brighter", origin.name
         )
         np.subtract(origin.black, pixels, out=pixels)
+    pixels = linearize(origin, pixels)
+    blank_overscan(origin, pixels)
     return origin, pixels
 
 
-def read_aligned(path, hdu, plane, shape):
-    """Read a plane that must have the shape (ny, nx) of the image; otherwise as `read_plane`."""
-    origin, pixels = read_plane(path, hdu, plane, single_serves_all=True)
+@np.errstate(over="ignore")
+def linearize(origin, pixels):
+    """Return the pixels without the compression that BSOFTEN and BOFFSET describe (Pan-STARRS).
+
+    Each stored value is 2.5 log10(e) arcsinh((flux - BOFFSET) / (2 BSOFTEN)) (Waters et al. 2020).
+    """
+    soften, offset = (number_of(origin.header, key) for key in ("BSOFTEN", "BOFFSET"))
+    if not (soften > 0 and math.isfinite(offset)):
+        return pixels
+    log.warning("%s: pixels linearised by BSOFTEN and BOFFSET of its header", origin.name)
+    return 2 * soften * np.sinh(pixels * (math.log(10) / 2.5)) + offset
+
+
+def blank_overscan(origin, pixels):
+    """Set overscan to nan, in place, and log a warning.
+
+    Overscan are strips at the border outside DATASEC or TRIMSEC, less than 15 % of the image, if
+    BIASSEC lies in them, or their level or noise differs from the rest. If they differ but are
+    more, this only warns. Images that were cut or resampled may still have these cards.
+    """
+    keys, header = ("DATASEC", "TRIMSEC", "BIASSEC"), origin.header
+    *data, bias = (section_of(header, key, pixels.shape) for key in keys)
+    if not any(data) or RESAMPLED.search("\n".join([*header, str(header.get("HISTORY"))])):
+        return
+    outside = np.zeros(pixels.shape, bool)
+    for section in filter(None, data):
+        inside = np.zeros_like(outside)
+        inside[section] = True
+        outside |= ~inside
+    part = outside.mean()
+    if not 0 < part < 0.5:
+        return
+    strips, rest = pixels[outside], pixels[~outside]
+    level = abs(np.nanmedian(strips) - np.nanmedian(rest))
+    noise = [np.nanpercentile(np.abs(np.diff(some)), 68) / math.sqrt(2) for some in (strips, rest)]
+    differs = level > 3 * max(noise) or max(noise) > 2 * min(noise)
+    text = f"{origin.name}: {100 * part:.1f} % of the pixels are outside DATASEC or TRIMSEC"
+    if part < 0.15 and (differs or (bias and outside[bias].all())):
+        pixels[outside] = np.nan
+        warn(DATA_WARNING, f"{text}: masked as overscan")
+    elif differs:
+        warn(
+            DATA_WARNING, f"{text} and look different: mask them if they are overscan (--mask-box)"
+        )
+
+
+def section_of(header, key, shape):
+    """Return the slices of a section such as [25:488,1:400] of an image (ny, nx), or None."""
+    found = re.fullmatch(r"\[(\d+):(\d+),(\d+):(\d+)\]", str(value_of(header, key)).strip())
+    x1, x2, y1, y2 = map(int, found.groups()) if found else (0, 0, 0, 0)
+    valid = 0 < x1 <= x2 <= shape[1] and 0 < y1 <= y2 <= shape[0]
+    return np.s_[y1 - 1 : y2, x1 - 1 : x2] if valid and header["NAXIS"] == 2 else None
+
+
+def read_aligned(path, hdu, plane, image, shape):
+    """Read a plane that belongs to an `image`, of shape (ny, nx); otherwise as `read_plane`."""
+    origin, pixels = read_plane(path, hdu, plane, image)
     require_shape(origin, pixels, shape)
     return origin, pixels
 
@@ -712,9 +859,9 @@ def require_shape(origin, pixels, shape):
 
 
 @timed("read mask")
-def read_mask(path, hdu, plane, maskthresh, bits, shape):
+def read_mask(path, hdu, plane, maskthresh, bits, image, shape):
     """Read a mask (ny, nx): True at NaN and at any of `bits` or, without these, above a level."""
-    origin, stored = read_aligned(path, hdu, plane, shape)
+    origin, stored = read_aligned(path, hdu, plane, image, shape)
     if bits is None:
         return ~(stored <= maskthresh)
     if np.dtype(origin.dtype).kind == "f":
@@ -726,13 +873,14 @@ def read_mask(path, hdu, plane, maskthresh, bits, shape):
 
 
 @timed("read noise")
-def read_noise(path, hdu, plane, kind, shape):
+def read_noise(path, hdu, plane, kind, image, shape):
     """Read a noise image (ny, nx); return standard deviations in the unit of the image.
 
     Its `kind` is "stddev", "variance", or "weight", an inverse variance. Where it has no usable
     value, the result isn't finite or isn't positive.
     """
-    noise = to_float(read_aligned(path, hdu, plane, shape)[1])
+    origin, stored = read_aligned(path, hdu, plane, image, shape)
+    noise = linearize(origin, to_float(stored))
     with np.errstate(divide="ignore", invalid="ignore"):
         if kind != "stddev":
             np.sqrt(noise, out=noise)
@@ -753,14 +901,7 @@ def read_measure_image(path, hdu, plane, blank, origin, shape, allow_product=Fal
     measure_origin, pixels = read_image(path, hdu, plane, blank, allow_product)
     require_shape(measure_origin, pixels, shape)
     if origin.wcs and measure_origin.wcs:
-        from astropy.utils import iers
-
-        x, y = np.meshgrid(*(np.linspace(0, n - 1, 3) for n in shape[::-1]))
-        offset, offline = math.nan, iers.conf.set_temp("auto_download", False)
-        with suppress(Exception), warnings.catch_warnings(action="ignore"), offline:
-            sky = origin.wcs.pixel_to_world(x, y)
-            dx, dy = np.subtract(measure_origin.wcs.world_to_pixel(sky), (x, y))
-            offset = np.nanmax(np.hypot(dx, dy))
+        offset = largest_shift(origin.wcs, lambda: measure_origin.wcs, shape)
         if not offset <= 0.5:
             away = f"up to {offset:.1f}" if math.isfinite(offset) else "an unknown number of"
             text = "%s: by its WCS it is shifted by %s pixels; measured at the same pixels anyway"
@@ -1018,14 +1159,16 @@ class Field:
     excluded: np.ndarray  # True where a pixel has no usable value or noise
     mask: np.ndarray  # the same, but False where the residual is interpolated
     saturated: tuple[np.ndarray, ...]  # rows and columns of saturated pixels
-    noise: float | np.ndarray  # standard deviation; for errors and, unless "none", the threshold
+    noise: float | np.ndarray  # standard deviation of a pixel
+    filtered_noise: float | np.ndarray  # for the threshold, unless "none"; see `filter_noise`
     background: sep.Background
     method: Method
     frame: Frame
 
     def rows(self, first, last):
         """Return the field cut to some rows; only background and saturated pixels stay whole."""
-        arrays = {name: getattr(self, name) for name in ("residual", "excluded", "mask", "noise")}
+        names = "residual", "excluded", "mask", "noise", "filtered_noise"
+        arrays = {name: getattr(self, name) for name in names}
         return replace(self, **{k: v[first:last] for k, v in arrays.items() if np.ndim(v)})
 
     def level(self):
@@ -1046,7 +1189,7 @@ class Field:
 
     def threshold_unit(self):
         """Return a map of the unit of the threshold: the noise, or 1 for an absolute threshold."""
-        noise = 1.0 if self.method.err_option == "none" else self.noise
+        noise = 1.0 if self.method.err_option == "none" else self.filtered_noise
         return np.broadcast_to(noise, self.mask.shape)
 
     def weights_by_noise(self):
@@ -1087,16 +1230,16 @@ def build_field(pixels, mask, noise, method, saturation=math.nan, objects=None):
     if not -LARGEST < np.nanmin(pixels) <= np.nanmax(pixels) < LARGEST:
         mask = mask | too_large(pixels)
     method, background = method.within(frame), None
-    settings = method.background
+    settings, unweighted = method.background, mask if noise is None else mask | faint(noise, mask)
     if objects is not None:
-        grown = mask.copy()
+        grown = unweighted.copy()
         sane = objects[np.isfinite(objects["cxx"] + objects["cyy"] + objects["cxy"])]
         shapes = {name: sane[name] for name in ("x", "y", "cxx", "cyy", "cxy")}
         sep.mask_ellipse(grown, **shapes, r=MASK_RADIUS)
         background = estimate_background(pixels, grown, settings)
         if background is None:
             log.warning("sources fill every background box: the second pass doesn't mask them")
-    background = background or estimate_background(pixels, mask, settings)
+    background = background or estimate_background(pixels, unweighted, settings)
     if background is None:
         raise InputError(
             f"in every background box of {settings.bw} x {settings.bh} pixels more than half of "
@@ -1105,7 +1248,8 @@ def build_field(pixels, mask, noise, method, saturation=math.nan, objects=None):
     background.subfrom(pixels)
     excluded, noise = settle_noise(noise, mask, background, method.err_option)
     mask = bridge(pixels, noise, excluded, global_rms(background), method.bridge)
-    return Field(pixels, excluded, mask, saturated, noise, background, method, frame)
+    filtered = filter_noise(noise, mask, method)
+    return Field(pixels, excluded, mask, saturated, noise, filtered, background, method, frame)
 
 
 def too_large(pixels):
@@ -1129,6 +1273,33 @@ def settle_noise(noise, mask, background, err_option):
         raise InputError("no pixel has usable noise; is it in the unit of the image?")
     noise[mask] = NO_WEIGHT
     return mask, noise
+
+
+def faint(noise, mask):
+    """Return True where a pixel weighs less than 1/1000 of the median, as 1 / noise^2."""
+    return noise > math.sqrt(1000) * np.median(sample(noise, mask))
+
+
+def filter_noise(noise, mask, method):
+    """Return the noise with which the filtered image is compared, as an array if it is one.
+
+    SEP's conv filters only the image, so that a step in the noise would be full of sources. Like
+    SExtractor, this filters the variance as well, here without masked pixels.
+    """
+    kernel = method.kernel
+    if np.ndim(noise) == 0 or kernel is None or method.extraction.filter_type != "conv":
+        return noise
+    from astropy.convolution import convolve
+
+    filtered, half = np.empty_like(noise), len(kernel) // 2
+    weights = np.abs(kernel[::-1, ::-1]) / np.abs(kernel).sum()
+    for rows in row_slices(noise.shape, 16 * CHUNK):
+        some = slice(max(rows.start - half, 0), rows.stop + half)
+        variance = np.where(mask[some], np.nan, noise[some].astype(np.float64)) ** 2
+        with warnings.catch_warnings(action="ignore"):  # of pixels whose neighbours are all masked
+            mean = convolve(variance, weights, "fill", np.nan)
+        filtered[rows] = np.sqrt(mean[rows.start - some.start :][: len(filtered[rows])])
+    return np.nan_to_num(filtered, nan=NO_WEIGHT, copy=False)
 
 
 @timed("estimate background")
@@ -1170,10 +1341,10 @@ def digital_step(values):
 
 
 def box_sums(settings, where):
-    """Return the number of pixels in each background box that are True in `where` (ny, nx)."""
+    """Return the sums of an array (ny, nx) in background boxes: if boolean, how many are True."""
     ny, nx = where.shape
     tops, lefts = np.arange(0, ny, settings.bh), np.arange(0, nx, settings.bw)
-    rows = [where[top : top + settings.bh].sum(axis=0, dtype=np.int32) for top in tops]
+    rows = [where[top : top + settings.bh].sum(axis=0) for top in tops]
     return np.add.reduceat(rows, lefts, axis=1)
 
 
@@ -1320,7 +1491,7 @@ def find_sources(field, threads=1):
 def extract(field):
     """Return the objects that SEP finds in a `Field`, without cleaning, and their label map."""
     keywords = asdict(field.method.extraction) | {
-        "err": None if field.method.err_option == "none" else field.noise,
+        "err": None if field.method.err_option == "none" else field.filtered_noise,
         "mask": field.mask if field.mask.any() else None,
         "filter_kernel": field.method.kernel,
         "segmentation_map": True,
@@ -1401,10 +1572,27 @@ def settle_objects(field, objects, labels, batch):
         next_to_mask = correlate(band.mask, np.ones((3, 3)), y, x) > 0
         objects["flag"][np.unique(owner[good][next_to_mask])] |= NEXT_TO_MASK
     pixels["y"] += top
+    if field.filtered_noise is not field.noise:
+        measure_errors(objects, pixels, band.noise.take(where), extraction.gain)
     cut = left < objects["npix"]
     recount(objects, cut & (left > 0), pixels[good & cut[owner]])
     objects["npix"] = left
     return objects, profiles
+
+
+def measure_errors(objects, pixels, noise, gain):
+    """Measure the errors of positions as SEP does it, in place, with the `noise` of each pixel."""
+    owner, filtered = pixels["owner"], pixels["filtered"]
+    variance = noise.astype(np.float64) ** 2 + np.maximum(filtered, 0) / (gain or np.inf)
+    dx, dy = (pixels[axis] - objects[axis][owner] for axis in "xy")
+    total, xx, yy, xy = (
+        np.bincount(owner, variance * term, len(objects)) / objects["cflux"] ** 2
+        for term in (1, dx**2, dy**2, dx * dy)
+    )
+    # Objects that are too thin get the variance of a pixel.
+    thin = (objects["flag"] & sep.OBJ_SINGU > 0) & (xx * yy - xy**2 < (total / 12) ** 2)
+    objects["errx2"], objects["erry2"] = xx + thin * total / 12, yy + thin * total / 12
+    objects["errxy"] = xy
 
 
 def recount(objects, cut, pixels):
@@ -2065,7 +2253,8 @@ def write_regions(path, result):
     """Write a DS9 region file: ellipses of semi-axes 3a and 3b, labelled with the id.
 
     Coordinates are ICRS if the catalogue has these, else DS9's 1-based pixels. In ICRS, DS9 counts
-    the angle from west through north, so that it is the position angle plus 90 degrees.
+    the angle from west through north, so that it is the position angle plus 90 degrees. The axes on
+    the sky are not those in pixels where these are not square or not at right angles.
     """
     names = ("x", "y", "a", "b", "theta", "id")
     x, y, a, b, theta, labels = (result.catalog[name].to_numpy() for name in names)
@@ -2075,9 +2264,14 @@ def write_regions(path, result):
         ends = (x, y), (x + a * dx, y + a * dy), (x - b * dy, y + b * dx)
         with warnings.catch_warnings(action="ignore"):
             centre, *ends = (result.origin.wcs.pixel_to_world(*end).icrs for end in ends)
-        angle = (centre.position_angle(ends[0]).deg + 90) % 180
-        axes = (centre.separation(end).arcsec for end in ends)
-        shapes = centre.ra.deg, centre.dec.deg, *axes, angle
+        # East and north of both ends; this matrix maps the unit circle to the ellipse.
+        lengths = np.array([centre.separation(end).arcsec for end in ends])
+        angles = np.array([centre.position_angle(end).rad for end in ends])
+        matrix = np.array([lengths * np.sin(angles), lengths * np.cos(angles)]).T
+        _, axes, major = np.linalg.svd(np.where(np.isfinite(matrix), matrix, 0))
+        angle = (np.degrees(np.arctan2(*major[:, 0].T)) + 90) % 180
+        axes[~np.isfinite(matrix).all(axis=(1, 2))] = np.nan
+        shapes = centre.ra.deg, centre.dec.deg, *axes.T, angle
     else:
         system, form = "image", "ellipse({:.9g},{:.9g},{:.9g},{:.9g},{:.9g})"
         shapes = x + 1, y + 1, a, b, np.degrees(theta)
@@ -2484,6 +2678,53 @@ def seeds_advice(found, seeds):
     return f"{text}; the segmentation map has them" if lost else None
 
 
+def noise_advice(field):
+    """Warn of a noise image that falls where the measured noise rises, as weights do.
+
+    Compares means in background boxes, if those of the noise image vary by more than 20 %.
+    """
+    from pandas import DataFrame
+
+    if field.method.err_option != "file":
+        return None
+    boxes, good = field.method.background.limited_to(field.mask.shape), ~field.mask
+    maps = {"given": field.noise, "measured": field.background.rms()}
+    sums = {name: box_sums(boxes, values * good).ravel() for name, values in maps.items()}
+    means = DataFrame(sums).div(box_sums(boxes, good).ravel(), axis=0).dropna()
+    low, middle, high = means["given"].quantile([0.05, 0.5, 0.95])
+    opposite = means.rank().corr().iloc[0, 1] < -0.5  # Spearman's rank correlation
+    if len(means) < 10 or high - low < 0.2 * middle or not opposite:
+        return None
+    return "the noise image is low where the image is noisy: does --err-type say what it holds?"
+
+
+def dark_advice(field, padding):
+    """Warn if far more pixels are below minus the threshold than above it, without padding."""
+    limit = field.method.extraction.thresh / field.depth()
+    levels = limit * sample(field.threshold_unit(), field.mask)
+    values = sample(field.residual, field.mask)
+    each = np.count_nonzero(~field.mask) / len(values)  # pixels of the image for one of the sample
+    dark, bright = (int(each * np.count_nonzero(sign * values > levels)) for sign in (-1, 1))
+    if dark <= 100 or dark < 3 * bright or not math.isnan(padding):
+        return None
+    return (
+        f"{dark} pixels are darker than the background by the threshold, {bright} are brighter: "
+        "for dark objects, invert the image (its maximum minus the image)"
+    )
+
+
+def linear_advice(origin, mask):
+    """Warn of a mosaic of colours, unless most of its pixels are masked, and of magnitudes."""
+    if origin.mosaic and origin.plane is None and mask.mean() < 0.45:
+        return (
+            f"{origin.name}: a raw colour frame ({origin.mosaic}), whose pattern passes for noise: "
+            "mask all but the green pixels (--mask)"
+        )
+    if re.search(r"(?i)mag\b|\b(dex|dB|log(10)?|ln)\b", origin.unit or ""):
+        return f"{origin.name}: the unit {origin.unit} is a logarithm: fluxes are wrong; convert it"
+    return None
+
+
 def no_sources_advice(field, found):
     """Warn if there are no sources."""
     if field.is_noiseless():
@@ -2750,10 +2991,11 @@ def run(args, warned):
     origin, pixels = read_image(args.image, args.hdu, args.plane, args.blank, args.allow_product)
     shape, mask, noise, measure_origin = pixels.shape, None, None, origin
     if args.mask:
-        chosen = args.mask, args.mask_hdu, args.plane
-        mask = read_mask(*chosen, args.maskthresh, args.mask_bits, shape)
+        chosen = args.mask, args.mask_hdu, args.plane, args.maskthresh, args.mask_bits
+        mask = read_mask(*chosen, origin, shape)
     if args.err_file:
-        noise = read_noise(args.err_file, args.err_hdu, args.plane, args.err_type, shape)
+        chosen = args.err_file, args.err_hdu, args.plane, args.err_type
+        noise = read_noise(*chosen, origin, shape)
     if args.measure_image:
         chosen = args.measure_image, args.measure_hdu, args.measure_plane
         measure_origin, measure_pixels = read_measure_image(
@@ -2780,12 +3022,14 @@ def run(args, warned):
             found = find_sources(field, args.threads)
             seeds = seed_map(found.segmentation) if args.seeds else None
             data = padding_advice(origin, padding, values), counts, mask_advice(field)
-            warn(DATA_WARNING, *data, no_sources_advice(field, found))
+            more = linear_advice(origin, excluded), noise_advice(field), dark_advice(field, padding)
+            warn(DATA_WARNING, *data, *more, no_sources_advice(field, found))
             warn(BACKGROUND_WARNING, boxes_advice(field, found))
             warn(logging.WARNING, depth_advice(field), seeds_advice(found, seeds))
         if args.measure_image:
             with about(measure_origin.name):
                 excluded = build_mask(measure_pixels, mask, None, args.mask_box)
+                warn(DATA_WARNING, linear_advice(measure_origin, excluded))
                 lines += describe_image(measure_origin, measure_pixels, excluded, "measured on")
                 level, measure_method = measure_origin.saturation, method.for_measuring()
                 measure_field = subtract_background(
@@ -2869,8 +3113,10 @@ def describe_field(field):
     thresh = field.frame.differences(times * float(noise))
     unit = "rms" if np.ndim(field.noise) == 0 else "noise, median"
     absolute = field.method.err_option == "none"
+    weak = faint(field.noise, field.mask)[~field.mask].mean() if np.ndim(field.noise) else 0
+    note = f"; {100 * weak:.1f} % of the pixels weigh too little to count" if weak else ""
     return [
-        f"background    {field.level():.6g}, rms {rms:.6g}",
+        f"background    {field.level():.6g}, rms {rms:.6g}{note}",
         f"threshold     {thresh:.6g} ({'absolute' if absolute else f'{times:.4g} x {unit}'})",
     ]
 

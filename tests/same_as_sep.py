@@ -14,7 +14,8 @@ def direct(image, *, mask=None, noise="float_globalrms", mesh=None, **keywords):
     """Return background, rms, objects and map as SEP itself gives them.
 
     Its objects are cleaned here, pair by pair, in the units in which it finds them; masked pixels
-    are taken out.
+    are taken out. If it filters an image with a noise array by convolution, it gets the noise of
+    the filtered image, and errors of positions are summed here, from the noise of the pixels.
     """
     background = sep.Background(image, mask=mask, **(mesh or {}))
     if isinstance(noise, str):
@@ -28,8 +29,13 @@ def direct(image, *, mask=None, noise="float_globalrms", mesh=None, **keywords):
     kernel = keywords["filter_kernel"]
     cleaned, beta = keywords.pop("clean", True), keywords.pop("clean_param", 1.0)
     residual = image - background.back()
-    objects, labels = sep.extract(residual, clean=False, **keywords)
     light = residual if mask is None else np.where(mask, 0, residual)
+    filtered = np.ndim(noise) and keywords.get("filter_type") == "conv" and kernel is not None
+    if filtered:
+        keywords["err"] = filtered_noise(noise, mask, kernel)
+    objects, labels = sep.extract(residual, clean=False, **keywords)
+    if filtered:
+        set_errors(objects, labels, correlate(light, kernel / np.abs(kernel).sum()), noise)
     margin = margins(objects, labels, light, **keywords)
     if cleaned and len(objects):
         objects, labels = clean_plainly(
@@ -46,6 +52,25 @@ def correlate(image, kernel):
     padded = np.pad(image.astype(np.float64), ((rows // 2,) * 2, (columns // 2,) * 2))
     windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape)
     return np.einsum("yxij,ij->yx", windows, kernel.astype(np.float64))
+
+
+def filtered_noise(noise, mask, kernel):
+    """Return the root of the variance averaged by the kernel over the pixels that aren't masked."""
+    good = np.ones(noise.shape) if mask is None else ~mask
+    with np.errstate(invalid="ignore"):
+        mean = correlate(np.where(good, noise, 0).astype(float) ** 2, np.abs(kernel))
+        mean /= correlate(good, np.abs(kernel))
+    return np.where(good, np.sqrt(mean), 1e30).astype(np.float32)
+
+
+def set_errors(objects, labels, light, noise):
+    """Sum up the errors of the positions, object by object, in place."""
+    for label, one in enumerate(objects, start=1):
+        y, x = np.nonzero(labels == label)
+        variance, weight = noise[y, x].astype(float) ** 2, light[y, x].sum() ** 2
+        dx, dy = x - one["x"], y - one["y"]
+        for name, square in (("errx2", dx * dx), ("erry2", dy * dy), ("errxy", dx * dy)):
+            one[name] = np.sum(variance * square) / weight
 
 
 def margins(objects, labels, light, thresh, err, mask, filter_kernel, filter_type="matched", **_):
@@ -145,10 +170,11 @@ def without_masked(objects, labels, light, mask, kernel):
     return objects[left], np.concatenate([[0], np.where(left, np.cumsum(left), 0)])[labels]
 
 
-def assert_same_objects(result, objects):
+def assert_same_objects(result, objects, *, filtered=False):
     """Demand that a run's catalogue has, bit for bit, the fields of SEP's objects.
 
-    But for rounding where SEP's own have been corrected: thresholds, and sums of cut objects.
+    But for rounding where SEP's own have been corrected: thresholds, and sums of cut objects; with
+    a `filtered` noise array, errors of positions as well.
     """
     assert result.code == 0, result.err
     catalog = result.catalog
@@ -157,14 +183,18 @@ def assert_same_objects(result, objects):
     for name in SEP_FIELDS:
         found = catalog[name].to_numpy(float)
         rounding = np.where(whole, 1e-12 if name == "thresh" else 0, 1e-5)
-        wrong = ~np.isclose(found, objects[name], rounding, 0, equal_nan=True)
+        if filtered and (name == "thresh" or name.startswith("err")):
+            rounding, least = 1e-6, 1e-9 * (name == "errxy")
+        else:
+            least = 0
+        wrong = ~np.isclose(found, objects[name], rounding, least, equal_nan=True)
         assert not wrong.any(), (name, found[wrong], objects[name][wrong])
 
 
-def assert_same(result, expected):
+def assert_same(result, expected, *, filtered=False):
     """Demand that a run's products are, bit for bit, those of a direct call."""
     background, rms, objects, segmentation = expected
-    assert_same_objects(result, objects)
+    assert_same_objects(result, objects, filtered=filtered)
     np.testing.assert_array_equal(result.image("segmentation"), segmentation)
     np.testing.assert_array_equal(result.image("background"), background)
     np.testing.assert_array_equal(result.image("rms"), rms)

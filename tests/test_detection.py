@@ -71,7 +71,8 @@ OPTIONS = {
 @pytest.mark.parametrize(("options", "keywords"), OPTIONS.items())
 def test_products_are_those_of_sep(run, write, tmp_path, field, options, keywords):
     subtracted, expected = tmp_path / "subtracted.fits", direct(field, **keywords)
-    assert_same(run(write(field), *options.split(), "--subtracted", subtracted), expected)
+    result = run(write(field), *options.split(), "--subtracted", subtracted)
+    assert_same(result, expected, filtered=options == "--err-option array_rms --filter-type conv")
     assert_subtracted(subtracted, field, expected)
 
 

@@ -357,7 +357,7 @@ def test_numbers_of_colours_are_no_image_but_may_be_a_mask(run, put, write, star
     run(path).assert_refused(NAME, "palette", "convert it to grey")
     run(write(stars), "--measure-image", path).assert_refused(NAME, "palette")
     np.testing.assert_array_equal(
-        read_mask(path, None, None, 120, None, stored.shape), stored > 120
+        read_mask(path, None, None, 120, None, None, stored.shape), stored > 120
     )
 
 

@@ -46,9 +46,9 @@ def test_a_product_is_no_image_unless_allowed_but_serves_as_mask_and_noise(
         with pytest.raises(InputError, match=pattern):
             read_image(path)
         read_image(path, allow_product=True)
-    read_mask(path, None, None, 1e6, None, SHAPE)
+    read_mask(path, None, None, 1e6, None, None, SHAPE)
     if role in ("background", "rms"):
-        read_noise(path, None, None, "stddev", SHAPE)
+        read_noise(path, None, None, "stddev", None, SHAPE)
     assert told == []
 
 
