@@ -837,7 +837,8 @@ def blank_overscan(origin, pixels):
 
 def section_of(header, key, shape):
     """Return the slices of a section such as [25:488,1:400] of an image (ny, nx), or None."""
-    found = re.fullmatch(r"\[(\d+):(\d+),(\d+):(\d+)\]", str(value_of(header, key)).strip())
+    text = str(value_of(header, key)).replace(" ", "")
+    found = re.fullmatch(r"\[(\d+):(\d+),(\d+):(\d+)\]", text)
     x1, x2, y1, y2 = map(int, found.groups()) if found else (0, 0, 0, 0)
     valid = 0 < x1 <= x2 <= shape[1] and 0 < y1 <= y2 <= shape[0]
     return np.s_[y1 - 1 : y2, x1 - 1 : x2] if valid and header["NAXIS"] == 2 else None

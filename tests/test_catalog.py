@@ -147,7 +147,7 @@ def test_a_sum_of_pixels_in_any_other_unit_is_in_it():
 def test_any_unit_gets_into_the_fits_catalogue(run, write, stars, tmp_path, unit, summed):
     table = tmp_path / "catalog.fits"
     result = run(write(stars, BUNIT=unit), "--catalog-fits", table, "--aperture-diameters", "5")
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err.count("\n")) == (0, unit == "mag(AB)")  # a warning
     assert fits.getheader(result.directory / "background.fits")["BUNIT"] == str(unit)
     header = fits.getheader(table, 1)
     units = {header[f"TTYPE{n}"]: header.get(f"TUNIT{n}", "") for n in range(1, len(COLUMNS) + 5)}

@@ -427,7 +427,7 @@ def test_images_of_a_tiff_are_chosen_by_number_or_the_first_is_taken_with_a_warn
         assert_pixels(two, expected, hdu=number)
     first = run(two)
     assert first.image("segmentation").shape == stars.shape
-    assert "first of its 2 images; choose one, 0 to 1, with the HDU option" in first.err
+    assert "two.tif[0]: the first of 2 images is used; choose another with the HDU" in first.err
     assert first.err.count("\n") == 1
     second = run(two, "--hdu", 1, *masked, 1)
     assert (second.code, second.err) == (0, "")
