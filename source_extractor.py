@@ -2847,7 +2847,7 @@ def build_parser():
     add = partial(add_option, group)
     text = "accept any product of this tool as an image, such as a background"
     group.add_argument("--allow-product", action="store_true", default=None, help=text)
-    add("--hdu", str, "index, EXTNAME, or EXTNAME,EXTVER (default: first with an image)", "HDU")
+    add("--hdu", str, "index, EXTNAME, or EXTNAME,N (default: first with an image)", "HDU")
     add("--plane", number(int, 0), "plane of a cube or stack, from 0", "INDEX")
     add("--mask", Path, "mask image, FITS or TIFF, of the same shape")
     add("--mask-hdu", str, "HDU of the mask, as --hdu", "HDU")
