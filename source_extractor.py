@@ -202,13 +202,16 @@ HARMLESS = re.compile(
     "non-ASCII characters|trailing END keyword|only applicable to integer data|convention: ESO-LOG"
 )
 
-# Cards, and words in the HISTORY, of an image that was cut or resampled since it was taken.
+# Cards, and words in the HISTORY, of an image that was trimmed, combined or resampled.
 RESAMPLED = re.compile(
-    r"(?im)^(RESAMP|COMBINET|NDRIZIM|TRIM(?!SEC)|LTV)|swarp|drizzl|reproject|resampl|trimmed"
+    r"(?im)^(RESAMP|COMBINET|NCOMBINE|IMCMB|STACKCNT|NDRIZIM|TRIM(?!SEC))"
+    r"|swarp|drizzl|reproject|resampl|stack|coadd"
 )
 
 # Cards that place an image on the sky.
 WCS_CARD = re.compile(r"C(TYPE|UNIT|RVAL|RPIX|DELT|ROTA)\d|L(ON|AT)POLE|(CD|P[CV])\d+_|[AB]P?_")
+
+LARGEST_ARCSINH = 50  # larger pixels are no arcsinh of a flux (1e20 times BSOFTEN)
 
 CELESTIAL = re.compile(r"(RA|DEC|[A-Z]L(ON|AT)|[A-Z]{2}L[NT])(-| *$)")  # CTYPE of a sky axis
 
@@ -239,8 +242,8 @@ class Origin:
     product: str | None = None  # name of the product, if the file was written by this tool
     plane: int | None = None  # --plane, if given
     saturation: float = math.nan  # SATURATE, or --saturation
-    mosaic: str | None = None  # colours of neighbouring pixels in a raw frame, such as RGGB
-    header: fits.Header | None = None  # of a FITS file, with what it inherits
+    mosaic: str | None = None  # colours of neighbouring pixels in a raw image, such as RGGB
+    header: fits.Header | None = None  # of a FITS file, including inherited cards
 
 
 class Stack(NamedTuple):
@@ -250,7 +253,7 @@ class Stack(NamedTuple):
     axes: list[str]
     shape: tuple[int, ...]
     image_axes: list[int]  # the two axes of a plane
-    images: int  # number of images of the file that `hdu` names, of which this is the first
+    images: int  # how many images `hdu` names; this is the first
     read: Callable[[tuple], np.ndarray]  # returns the pixels at these indices
 
 
@@ -344,7 +347,7 @@ def read_plane(path, hdu=None, plane=None, image=None):
     ----------
     path : Path
     hdu : str, optional
-        Index; in FITS also EXTNAME, or EXTNAME,EXTVER. By default the first with an image.
+        Index; in FITS also EXTNAME, or EXTNAME,N, see `find_hdus`. By default the first image.
     plane : int, optional
         Plane of a cube, stack or colour image, counted from 0 over its other axes, flattened.
     image : Origin, optional
@@ -464,6 +467,7 @@ def open_fits(path, source, hdu):
         image_numbers = [numbers[axis] for axis in image_axes[::-1]]
         wcs = celestial_wcs(path, hdus, header, image_numbers, [shape[n] for n in image_axes])
         unit, saturation = str(value_of(header, "BUNIT") or ""), number_of(header, "SATURATE")
+        mosaic = re.match(r"(?i)[RGBCMYW]{4,}$", str(value_of(header, "BAYERPAT")).strip())
         beam, major, minor = None, number_of(header, "BMAJ"), number_of(header, "BMIN")
         if wcs and major > 0 and minor > 0 and re.search(r"(?i)\bbeam\b", unit):
             square_degrees = math.pi / (4 * math.log(2)) * major * minor  # of a Gaussian beam
@@ -479,7 +483,7 @@ def open_fits(path, source, hdu):
                 beam=beam,
                 product=product_of(str(value_of(header, "HISTORY") or "")),
                 saturation=saturation if 0 < saturation < LARGEST else math.nan,
-                mosaic=str(value_of(header, "BAYERPAT") or "") or None,
+                mosaic=mosaic and mosaic[0],
                 header=header,
             ),
             axes,
@@ -540,8 +544,8 @@ def number_of(header, key):
 def find_hdus(path, hdus, wanted):
     """Return the indices of the images that `wanted` names, by default of all.
 
-    `wanted` is an index, EXTNAME, or EXTNAME,N. N is EXTVER or, if several HDUs or none have that,
-    counts those of this name.
+    `wanted` is an index, EXTNAME, or EXTNAME,N. N is EXTVER; if that doesn't name exactly one HDU,
+    the N-th HDU of this name is meant.
     """
     images, names, contents, named, counted = [], [], [], {}, {}
     for number, hdu in enumerate(hdus):
@@ -549,7 +553,7 @@ def find_hdus(path, hdus, wanted):
             if value_of(hdu.header, key) is None:
                 hdu.header.remove(key, ignore_missing=True)
         names.append(name := hdu.name.upper())
-        for key in (str(number), name, f"{name},{hdu.ver}"):
+        for key in (name, f"{name},{hdu.ver}"):
             named.setdefault(key, []).append(number)
         counted[f"{name},{names.count(name)}"] = [number]
         if hdu.is_image and len(hdu.shape) > 1 and math.prod(hdu.shape) > 0:
@@ -560,6 +564,8 @@ def find_hdus(path, hdus, wanted):
     if wanted is not None:
         found = named.get(wanted.upper(), [])
         found = found if len(found) == 1 else counted.get(wanted.upper(), found)
+        if wanted.isdecimal():
+            found = [int(wanted)] if int(wanted) < len(names) else []
         problem = f"{'no image in' if found else 'no such'} extension (HDU): {wanted}"
     if found := [number for number in found if number in images]:
         return found
@@ -569,15 +575,14 @@ def find_hdus(path, hdus, wanted):
 
 
 def inherited(hdus, header):
-    """Return the header; if it says INHERIT = T, with what it lacks of the primary header.
+    """Return the header, with missing cards of the primary header added if it says INHERIT = T.
 
-    Sky coordinates are only inherited as a whole.
+    If it has any card about its place on the sky, it inherits none of these.
     """
-    header, own_sky = header.copy(), any(key.startswith("CTYPE") for key in header)
+    header, placed = header.copy(), any(map(WCS_CARD.match, header))
     if value_of(header, "INHERIT") is True:
-        cards = hdus[0].header.cards
-        more = [card for card in cards if not (own_sky and WCS_CARD.match(card.keyword))]
-        header.extend(fits.Header(more), unique=True)
+        more = (card for card in hdus[0].header.cards if card.keyword not in header)
+        header.extend(fits.Header(c for c in more if not (placed and WCS_CARD.match(c.keyword))))
     return header
 
 
@@ -593,7 +598,7 @@ def celestial_wcs(path, hdus, header, axes, shape):
     needed = re.compile(rf"(CRVAL|CRPIX|CDELT|CD|PC|PV)[{axes[0]}{axes[1]}](_\d+)?$")
     try:
         with warnings.catch_warnings(action="ignore"):
-            header, other, conflict = without_conflict(header, axes)
+            header, conflict = without_conflict(header, axes)
             wcs = WCS(header, hdus, naxis=axes)
             if not wcs.has_celestial:
                 return None
@@ -610,10 +615,11 @@ def celestial_wcs(path, hdus, header, axes, shape):
         log.warning("%s: WCS can't be used and is left out (%s)", path.name, reason)
         return None
     if conflict:
+        other, text = conflict
         shift = largest_shift(wcs, partial(WCS, other, hdus, naxis=axes), shape)
         if not shift <= 0.01:
             more = f"; they differ by up to {shift:.3g} pixels" if math.isfinite(shift) else ""
-            log.warning("%s: its WCS has %s%s", path.name, conflict, more)
+            log.warning("%s: its WCS has %s%s", path.name, text, more)
     if wcs.sip:  # astropy takes CRPIX1 and CRPIX2 as its centre, even if `axes` are others
         wcs.sip = Sip(wcs.sip.a, wcs.sip.b, wcs.sip.ap, wcs.sip.bp, wcs.wcs.crpix)
         if not all(ctype.endswith("-SIP") for ctype in wcs.wcs.ctype):
@@ -623,27 +629,29 @@ def celestial_wcs(path, hdus, header, axes, shape):
 
 
 def without_conflict(header, axes):
-    """Return the header without one of two WCS that exclude each other, that other, and a text.
+    """Return the header without the second of two conflicting WCS; and what it conflicts with.
 
     astropy would apply both SIP and PV distortions: SIP is kept for a CTYPE of TAN-SIP; PV for TPV,
-    and for TAN, which SCAMP writes. Of a CD and a PC matrix, CD is kept, which plate solvers write.
-    Without a conflict the other header and the text are None.
+    and for TAN, which SCAMP writes. Of CD and PC matrices, CD, which plate solvers write, is kept.
+    The conflict is None, or the header with the other WCS and a text.
     """
     kinds = {str(value_of(header, f"CTYPE{axis}"))[5:].strip() for axis in axes}
-    patterns = r"[AB]P?_(ORDER|\d+_\d+)$", rf"PV[{axes[0]}{axes[1]}]_\d+$", r"CD\d_", r"PC\d_"
+    patterns = r"[AB]P?_(ORDER|\d+_\d+)$", rf"PV[{axes[0]}{axes[1]}]_\d+$", r"CD\d_\d$", r"PC\d_\d$"
     sip, pv, cd, pc = ({key for key in header if re.match(form, key)} for form in patterns)
     scamp = kinds <= {"TAN", "TAN-SIP"} and any(int(key[4:]) > 4 for key in pv)
-    both = {"CD": cd, "PC": pc}
+    kept, other = ("CD", cd), ("PC", pc)
     if sip and (scamp or kinds == {"TPV"}):
-        both = {"SIP": sip, "PV": pv} if kinds == {"TAN-SIP"} else {"PV": pv, "SIP": sip}
+        kept, other = ("PV", pv), ("SIP", sip)
+        if kinds == {"TAN-SIP"}:
+            kept, other = other, kept
     elif not (cd and pc):
-        return header, None, None
-    kept, other = both
-    first, second = (
-        fits.Header(card for card in header.cards if card.keyword not in both[name])
-        for name in (other, kept)
+        return header, None
+    without_kept, without_other = (
+        fits.Header(card for card in header.cards if card.keyword not in keys)
+        for _, keys in (kept, other)
     )
-    return first, second, f"{kept} and {other}: {kept} is used, {other} ignored"
+    text = f"{kept[0]} and {other[0]}: {kept[0]} is used, {other[0]} ignored"
+    return without_other, (without_kept, text)
 
 
 def largest_shift(wcs, make_other, shape):
@@ -719,9 +727,10 @@ def tiff_calibration(path, tiff):
     imagej, tags = tiff.imagej_metadata or {}, tiff.pages[0].tags
     line = number_of(imagej, "c0"), number_of(imagej, "c1")
     linear = imagej.get("cf") == 0 and math.isfinite(sum(line)) and line[1] != 0
-    scaled = re.search("role=.(scale|offset)", str(tags.valueof("GDAL_METADATA")))
-    if scaled or ("cf" in imagej and not linear):
-        log.warning("%s: its calibration of pixel values is not applied", path.name)
+    gdal = str(tags.valueof("GDAL_METADATA"))
+    scales = set(re.findall(r"role=\"(?:scale|offset)\"[^>]*>([^<]*)<", gdal)) - {"0", "1"}
+    if scales or ("cf" in imagej and not linear):
+        log.warning("%s: the file's calibration of pixel values is ignored", path.name)
     return line if linear else (0, 1)
 
 
@@ -798,41 +807,51 @@ def linearize(origin, pixels):
     soften, offset = (number_of(origin.header, key) for key in ("BSOFTEN", "BOFFSET"))
     if not (soften > 0 and math.isfinite(offset)):
         return pixels
-    log.warning("%s: pixels linearised by BSOFTEN and BOFFSET of its header", origin.name)
+    if np.nanmax(np.abs(pixels), initial=0) > LARGEST_ARCSINH:
+        log.warning("%s: BSOFTEN and BOFFSET ignored, as its pixels look linear", origin.name)
+        return pixels
+    text = "%s: pixels converted to linear values, by BSOFTEN and BOFFSET of its header"
+    log.warning(text, origin.name)
     return 2 * soften * np.sinh(pixels * (math.log(10) / 2.5)) + offset
 
 
 def blank_overscan(origin, pixels):
     """Set overscan to nan, in place, and log a warning.
 
-    Overscan are strips at the border outside DATASEC or TRIMSEC, less than 15 % of the image, if
-    BIASSEC lies in them, or their level or noise differs from the rest. If they differ but are
-    more, this only warns. Images that were cut or resampled may still have these cards.
+    It is a strip at the border, outside DATASEC or TRIMSEC. It is masked if BIASSEC lies within or
+    its level or noise differs from the rest, and all of it is less than 15 % of the image; if it
+    differs but is more, this only warns. These cards may be left from before an image was cut or
+    resampled, where they mean nothing.
     """
     keys, header = ("DATASEC", "TRIMSEC", "BIASSEC"), origin.header
     *data, bias = (section_of(header, key, pixels.shape) for key in keys)
-    if not any(data) or RESAMPLED.search("\n".join([*header, str(header.get("HISTORY"))])):
+    history = str(value_of(header, "HISTORY")).replace("\n", " ")
+    if not any(data) or RESAMPLED.search("\n".join([*header, f" {history}"])):
         return
     outside = np.zeros(pixels.shape, bool)
-    for section in filter(None, data):
-        inside = np.zeros_like(outside)
-        inside[section] = True
-        outside |= ~inside
-    part = outside.mean()
-    if not 0 < part < 0.5:
+    for rows, columns in filter(None, data):
+        outside[: rows.start] = outside[rows.stop :] = True
+        outside[:, : columns.start] = outside[:, columns.stop :] = True
+    part, shifts = outside.mean(), [number_of(header, key) for key in ("LTV1", "LTV2")]
+    if not 0 < part < 0.5 or np.nansum(np.abs(shifts)) > 0:
         return
-    strips, rest = pixels[outside], pixels[~outside]
-    level = abs(np.nanmedian(strips) - np.nanmedian(rest))
-    noise = [np.nanpercentile(np.abs(np.diff(some)), 68) / math.sqrt(2) for some in (strips, rest)]
-    differs = level > 3 * max(noise) or max(noise) > 2 * min(noise)
+    samples = [sample(pixels, where | ~np.isfinite(pixels)) for where in (outside, ~outside)]
+    if min(map(len, samples)) < 2:
+        return
+    (level, other), noise = map(np.median, samples), [half_range(np.diff(each)) for each in samples]
+    differs = abs(level - other) > 3 * max(noise) or max(noise) > 2 * min(noise)
     text = f"{origin.name}: {100 * part:.1f} % of the pixels are outside DATASEC or TRIMSEC"
     if part < 0.15 and (differs or (bias and outside[bias].all())):
         pixels[outside] = np.nan
         warn(DATA_WARNING, f"{text}: masked as overscan")
     elif differs:
-        warn(
-            DATA_WARNING, f"{text} and look different: mask them if they are overscan (--mask-box)"
-        )
+        warn(DATA_WARNING, f"{text} and differ from the rest: if it is overscan, use --mask-box")
+
+
+def half_range(values):
+    """Return half the range from the 16th to the 84th percentile: sigma, if they are normal."""
+    low, high = np.percentile(values, [16, 84])
+    return float(high - low) / 2
 
 
 def section_of(header, key, shape):
@@ -1231,16 +1250,17 @@ def build_field(pixels, mask, noise, method, saturation=math.nan, objects=None):
     if not -LARGEST < np.nanmin(pixels) <= np.nanmax(pixels) < LARGEST:
         mask = mask | too_large(pixels)
     method, background = method.within(frame), None
-    settings, unweighted = method.background, mask if noise is None else mask | faint(noise, mask)
+    settings = method.background
+    unusable = mask if noise is None else mask | low_weight(noise, mask)
     if objects is not None:
-        grown = unweighted.copy()
+        grown = unusable.copy()
         sane = objects[np.isfinite(objects["cxx"] + objects["cyy"] + objects["cxy"])]
         shapes = {name: sane[name] for name in ("x", "y", "cxx", "cyy", "cxy")}
         sep.mask_ellipse(grown, **shapes, r=MASK_RADIUS)
         background = estimate_background(pixels, grown, settings)
         if background is None:
             log.warning("sources fill every background box: the second pass doesn't mask them")
-    background = background or estimate_background(pixels, unweighted, settings)
+    background = background or estimate_background(pixels, unusable, settings)
     if background is None:
         raise InputError(
             f"in every background box of {settings.bw} x {settings.bh} pixels more than half of "
@@ -1276,16 +1296,16 @@ def settle_noise(noise, mask, background, err_option):
     return mask, noise
 
 
-def faint(noise, mask):
-    """Return True where a pixel weighs less than 1/1000 of the median, as 1 / noise^2."""
+def low_weight(noise, mask):
+    """Return True where the weight, 1 / noise^2, is less than 1/1000 of its median."""
     return noise > math.sqrt(1000) * np.median(sample(noise, mask))
 
 
 def filter_noise(noise, mask, method):
     """Return the noise with which the filtered image is compared, as an array if it is one.
 
-    SEP's conv filters only the image, so that a step in the noise would be full of sources. Like
-    SExtractor, this filters the variance as well, here without masked pixels.
+    SEP's conv filters only the image. Where the noise rises abruptly, noise would be taken for
+    sources. Like SExtractor, this filters the variance as well, here without masked pixels.
     """
     kernel = method.kernel
     if np.ndim(noise) == 0 or kernel is None or method.extraction.filter_type != "conv":
@@ -1293,12 +1313,14 @@ def filter_noise(noise, mask, method):
     from astropy.convolution import convolve
 
     filtered, half = np.empty_like(noise), len(kernel) // 2
-    weights = np.abs(kernel[::-1, ::-1]) / np.abs(kernel).sum()
+    weights = np.abs(kernel[::-1, ::-1]) / np.abs(kernel).sum()  # convolve turns it back
     for rows in row_slices(noise.shape, 16 * CHUNK):
         some = slice(max(rows.start - half, 0), rows.stop + half)
         variance = np.where(mask[some], np.nan, noise[some].astype(np.float64)) ** 2
-        with warnings.catch_warnings(action="ignore"):  # of pixels whose neighbours are all masked
-            mean = convolve(variance, weights, "fill", np.nan)
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # for pixels that have only masked neighbours
+            mean = convolve(variance, weights, boundary="fill", fill_value=np.nan)
         filtered[rows] = np.sqrt(mean[rows.start - some.start :][: len(filtered[rows])])
     return np.nan_to_num(filtered, nan=NO_WEIGHT, copy=False)
 
@@ -1342,7 +1364,7 @@ def digital_step(values):
 
 
 def box_sums(settings, where):
-    """Return the sums of an array (ny, nx) in background boxes: if boolean, how many are True."""
+    """Return the sum of an array (ny, nx) in each background box; of booleans, the number."""
     ny, nx = where.shape
     tops, lefts = np.arange(0, ny, settings.bh), np.arange(0, nx, settings.bw)
     rows = [where[top : top + settings.bh].sum(axis=0) for top in tops]
@@ -1573,27 +1595,32 @@ def settle_objects(field, objects, labels, batch):
         next_to_mask = correlate(band.mask, np.ones((3, 3)), y, x) > 0
         objects["flag"][np.unique(owner[good][next_to_mask])] |= NEXT_TO_MASK
     pixels["y"] += top
-    if field.filtered_noise is not field.noise:
-        measure_errors(objects, pixels, band.noise.take(where), extraction.gain)
     cut = left < objects["npix"]
+    if np.ndim(field.noise):
+        wrong = cut | (field.filtered_noise is not field.noise)
+        measure_errors(objects, wrong, pixels[good], band.noise.take(where[good]), extraction.gain)
     recount(objects, cut & (left > 0), pixels[good & cut[owner]])
     objects["npix"] = left
     return objects, profiles
 
 
-def measure_errors(objects, pixels, noise, gain):
-    """Measure the errors of positions as SEP does it, in place, with the `noise` of each pixel."""
-    owner, filtered = pixels["owner"], pixels["filtered"]
-    variance = noise.astype(np.float64) ** 2 + np.maximum(filtered, 0) / (gain or np.inf)
+def measure_errors(objects, wrong, pixels, noise, gain):
+    """Measure the errors of positions as SEP does it, in place, where those of SEP are `wrong`.
+
+    SEP takes the filtered noise, and an infinite one for masked pixels; `noise` is the right one.
+    """
+    owner, light = pixels["owner"], np.maximum(pixels["filtered"], 0)
+    variance = noise.astype(np.float64) ** 2 + light / (gain or np.inf)
     dx, dy = (pixels[axis] - objects[axis][owner] for axis in "xy")
     total, xx, yy, xy = (
         np.bincount(owner, variance * term, len(objects)) / objects["cflux"] ** 2
         for term in (1, dx**2, dy**2, dx * dy)
     )
-    # Objects that are too thin get the variance of a pixel.
+    # Very thin objects: add the variance of a position within one pixel, 1/12.
     thin = (objects["flag"] & sep.OBJ_SINGU > 0) & (xx * yy - xy**2 < (total / 12) ** 2)
-    objects["errx2"], objects["erry2"] = xx + thin * total / 12, yy + thin * total / 12
-    objects["errxy"] = xy
+    xx, yy = xx + thin * total / 12, yy + thin * total / 12
+    for name, values in (("errx2", xx), ("erry2", yy), ("errxy", xy)):
+        objects[name][wrong] = values[wrong]
 
 
 def recount(objects, cut, pixels):
@@ -1953,9 +1980,15 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
             total += np.array([term.sum(axis=(1, 2)) for term in terms])
         sums[:, same_size] = total
     xx, yy, xy = 4 * sums[1:] / np.where(sums[0] > 0, sums[0], np.nan) ** 2
+    major, minor, angle = ellipse_axes(xx, yy, xy)
+    return {"errawin": major, "errbwin": minor, "errthetawin": angle}
+
+
+def ellipse_axes(xx, yy, xy):
+    """Return major and minor semi-axis and angle of an ellipse from its variances, covariance."""
     mean, half_gap = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
     major, minor = np.sqrt([mean + half_gap, np.maximum(mean - half_gap, 0)])
-    return {"errawin": major, "errbwin": minor, "errthetawin": np.arctan2(2 * xy, xx - yy) / 2}
+    return major, minor, np.arctan2(2 * xy, xx - yy) / 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2254,8 +2287,8 @@ def write_regions(path, result):
     """Write a DS9 region file: ellipses of semi-axes 3a and 3b, labelled with the id.
 
     Coordinates are ICRS if the catalogue has these, else DS9's 1-based pixels. In ICRS, DS9 counts
-    the angle from west through north, so that it is the position angle plus 90 degrees. The axes on
-    the sky are not those in pixels where these are not square or not at right angles.
+    the angle from west through north. If pixels are not square, the axes of an ellipse on the sky
+    are not those in the image, so that they are computed anew.
     """
     names = ("x", "y", "a", "b", "theta", "id")
     x, y, a, b, theta, labels = (result.catalog[name].to_numpy() for name in names)
@@ -2265,14 +2298,12 @@ def write_regions(path, result):
         ends = (x, y), (x + a * dx, y + a * dy), (x - b * dy, y + b * dx)
         with warnings.catch_warnings(action="ignore"):
             centre, *ends = (result.origin.wcs.pixel_to_world(*end).icrs for end in ends)
-        # East and north of both ends; this matrix maps the unit circle to the ellipse.
         lengths = np.array([centre.separation(end).arcsec for end in ends])
         angles = np.array([centre.position_angle(end).rad for end in ends])
-        matrix = np.array([lengths * np.sin(angles), lengths * np.cos(angles)]).T
-        _, axes, major = np.linalg.svd(np.where(np.isfinite(matrix), matrix, 0))
-        angle = (np.degrees(np.arctan2(*major[:, 0].T)) + 90) % 180
-        axes[~np.isfinite(matrix).all(axis=(1, 2))] = np.nan
-        shapes = centre.ra.deg, centre.dec.deg, *axes.T, angle
+        east, north = lengths * np.sin(angles), lengths * np.cos(angles)  # of both ends
+        products = (east, east), (north, north), (east, north)
+        *axes, angle = ellipse_axes(*((p * q).sum(axis=0) for p, q in products))
+        shapes = centre.ra.deg, centre.dec.deg, *axes, -np.degrees(angle) % 180
     else:
         system, form = "image", "ellipse({:.9g},{:.9g},{:.9g},{:.9g},{:.9g})"
         shapes = x + 1, y + 1, a, b, np.degrees(theta)
@@ -2577,6 +2608,8 @@ def padding_advice(origin, padding, values):
     if math.isnan(padding):
         return None
     stored = str(padding if origin.black is None else origin.black - padding)
+    if number_of(origin.header, "BSOFTEN") > 0:
+        stored = "the value in the file"
     part = 100 * np.mean(values == padding)
     return (
         f"{part:.0f} % of the pixels are exactly {stored}: if that is padding, use --blank {stored}"
@@ -2696,7 +2729,7 @@ def noise_advice(field):
     opposite = means.rank().corr().iloc[0, 1] < -0.5  # Spearman's rank correlation
     if len(means) < 10 or high - low < 0.2 * middle or not opposite:
         return None
-    return "the noise image is low where the image is noisy: does --err-type say what it holds?"
+    return "the noise image is low where the image is noisy: is --err-type right for this file?"
 
 
 def dark_advice(field, padding):
@@ -2704,25 +2737,27 @@ def dark_advice(field, padding):
     limit = field.method.extraction.thresh / field.depth()
     levels = limit * sample(field.threshold_unit(), field.mask)
     values = sample(field.residual, field.mask)
-    each = np.count_nonzero(~field.mask) / len(values)  # pixels of the image for one of the sample
-    dark, bright = (int(each * np.count_nonzero(sign * values > levels)) for sign in (-1, 1))
+    dark, bright = (np.count_nonzero(sign * values > levels) for sign in (-1, 1))
     if dark <= 100 or dark < 3 * bright or not math.isnan(padding):
         return None
+    parts = [f"{100 * number / len(values):.2g} %" for number in (dark, bright)]
     return (
-        f"{dark} pixels are darker than the background by the threshold, {bright} are brighter: "
-        "for dark objects, invert the image (its maximum minus the image)"
+        f"{parts[0]} of the pixels are below the background by more than the threshold, {parts[1]} "
+        "above it: for dark objects, invert the image (its maximum minus the image)"
     )
 
 
 def linear_advice(origin, mask):
-    """Warn of a mosaic of colours, unless most of its pixels are masked, and of magnitudes."""
+    """Warn of raw colour images, unless half of the pixels are masked, and of logarithmic units."""
     if origin.mosaic and origin.plane is None and mask.mean() < 0.45:
         return (
-            f"{origin.name}: a raw colour frame ({origin.mosaic}), whose pattern passes for noise: "
+            f"{origin.name}: a raw colour image ({origin.mosaic}): its pattern is taken for noise; "
             "mask all but the green pixels (--mask)"
         )
-    if re.search(r"(?i)mag\b|\b(dex|dB|log(10)?|ln)\b", origin.unit or ""):
-        return f"{origin.name}: the unit {origin.unit} is a logarithm: fluxes are wrong; convert it"
+    logarithm = r"(?i)(m|AB|ST)?mag(nitudes?)?\b|(dex|dB[a-z]?|log(10)?|ln)\b"
+    if re.match(logarithm, origin.unit or ""):
+        text = f"{origin.name}: the unit {origin.unit} is logarithmic, so that fluxes are wrong"
+        return f"{text}; convert the image to linear values"
     return None
 
 
@@ -3023,8 +3058,8 @@ def run(args, warned):
             found = find_sources(field, args.threads)
             seeds = seed_map(found.segmentation) if args.seeds else None
             data = padding_advice(origin, padding, values), counts, mask_advice(field)
-            more = linear_advice(origin, excluded), noise_advice(field), dark_advice(field, padding)
-            warn(DATA_WARNING, *data, *more, no_sources_advice(field, found))
+            linear = linear_advice(origin, excluded) or dark_advice(field, padding)
+            warn(DATA_WARNING, *data, linear, noise_advice(field), no_sources_advice(field, found))
             warn(BACKGROUND_WARNING, boxes_advice(field, found))
             warn(logging.WARNING, depth_advice(field), seeds_advice(found, seeds))
         if args.measure_image:
@@ -3114,8 +3149,12 @@ def describe_field(field):
     thresh = field.frame.differences(times * float(noise))
     unit = "rms" if np.ndim(field.noise) == 0 else "noise, median"
     absolute = field.method.err_option == "none"
-    weak = faint(field.noise, field.mask)[~field.mask].mean() if np.ndim(field.noise) else 0
-    note = f"; {100 * weak:.1f} % of the pixels weigh too little to count" if weak else ""
+    note = ""
+    if field.method.err_option == "file":
+        low = low_weight(field.noise, field.mask)[~field.mask].mean()
+        note = (
+            f"; {100 * low:.1f} % of the pixels, of low weight, are left out" if low > 0.001 else ""
+        )
     return [
         f"background    {field.level():.6g}, rms {rms:.6g}{note}",
         f"threshold     {thresh:.6g} ({'absolute' if absolute else f'{times:.4g} x {unit}'})",

@@ -15,7 +15,8 @@ def direct(image, *, mask=None, noise="float_globalrms", mesh=None, **keywords):
 
     Its objects are cleaned here, pair by pair, in the units in which it finds them; masked pixels
     are taken out. If it filters an image with a noise array by convolution, it gets the noise of
-    the filtered image, and errors of positions are summed here, from the noise of the pixels.
+    the filtered image. Errors of positions are then summed here, from the noise of the pixels; and
+    those of objects with masked pixels, where SEP's are infinite.
     """
     background = sep.Background(image, mask=mask, **(mesh or {}))
     if isinstance(noise, str):
@@ -34,8 +35,11 @@ def direct(image, *, mask=None, noise="float_globalrms", mesh=None, **keywords):
     if filtered:
         keywords["err"] = filtered_noise(noise, mask, kernel)
     objects, labels = sep.extract(residual, clean=False, **keywords)
-    if filtered:
-        set_errors(objects, labels, correlate(light, kernel / np.abs(kernel).sum()), noise)
+    if np.ndim(noise):
+        one = np.ones((1, 1)) if kernel is None else kernel
+        set_errors(
+            objects, labels, correlate(light, one / np.abs(one).sum()), noise, mask, filtered
+        )
     margin = margins(objects, labels, light, **keywords)
     if cleaned and len(objects):
         objects, labels = clean_plainly(
@@ -63,14 +67,15 @@ def filtered_noise(noise, mask, kernel):
     return np.where(good, np.sqrt(mean), 1e30).astype(np.float32)
 
 
-def set_errors(objects, labels, light, noise):
-    """Sum up the errors of the positions, object by object, in place."""
+def set_errors(objects, labels, light, noise, mask, every):
+    """Sum up the errors of the positions, of every object or those with masked pixels, in place."""
     for label, one in enumerate(objects, start=1):
-        y, x = np.nonzero(labels == label)
-        variance, weight = noise[y, x].astype(float) ** 2, light[y, x].sum() ** 2
-        dx, dy = x - one["x"], y - one["y"]
-        for name, square in (("errx2", dx * dx), ("erry2", dy * dy), ("errxy", dx * dy)):
-            one[name] = np.sum(variance * square) / weight
+        own = (labels == label) if mask is None else (labels == label) & ~mask
+        if every or own.sum() < one["npix"]:
+            y, x = np.nonzero(own)
+            variance, dx, dy = noise[y, x].astype(float) ** 2, x - one["x"], y - one["y"]
+            for name, square in (("errx2", dx * dx), ("erry2", dy * dy), ("errxy", dx * dy)):
+                one[name] = np.sum(variance * square) / one["cflux"] ** 2
 
 
 def margins(objects, labels, light, thresh, err, mask, filter_kernel, filter_type="matched", **_):

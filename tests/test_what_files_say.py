@@ -59,6 +59,18 @@ def test_noise_is_filtered_with_the_image(run, write, step, ratio):
     assert len(catalog) <= 36
 
 
+@pytest.mark.parametrize("filter_type", ["matched", "conv"])
+def test_errors_of_positions_are_finite_beside_a_mask(run, write, put_noise, stars, filter_type):
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[25:35, 40:44] = 1
+    options = *FILE, put_noise(np.ones(SHAPE)), "--thresh", 4, "--filter-type", filter_type
+    result = run(write(stars), *options, "--mask", write(mask, "mask.fits"))
+    cut = rows_at(result.catalog, [40], [30])
+    assert cut["flag"][0] & 512
+    assert np.isfinite(result.catalog[["errx2", "erry2", "errxy"]]).all(axis=None)
+    assert (result.catalog["errx2"] < 0.1).all()
+
+
 def test_a_uniform_noise_array_means_what_a_number_means(run, write, put_noise, stars):
     mask = np.zeros(SHAPE, np.uint8)
     mask[35:60, 36:39] = 1
@@ -83,7 +95,7 @@ def test_pixels_that_weigh_next_to_nothing_are_left_out_of_the_background(
     result = run(write(image), *FILE, put_noise(stored), "--err-type", kind, "--thresh", 8)
     assert_allclose(result.image("background")[~bad], 200, atol=1)
     assert_allclose(result.image("rms")[~bad], 4, rtol=0.2)
-    assert f"; {100 * bad.mean():.1f} % of the pixels weigh too little" in result.out
+    assert f"; {100 * bad.mean():.1f} % of the pixels, of low weight, are left out" in result.out
     clear = truth[np.hypot(truth["x"] - 80, truth["y"] - 80) > 75]
     found = rows_at(result.catalog, clear["x"], clear["y"])
     assert np.median(found["flux_auto"] / clear["flux"]) == pytest.approx(1, abs=0.03)
@@ -104,7 +116,7 @@ def test_a_map_of_another_kind_costs_a_warning(run, write, put_noise):
         (even[::-1] ** -2.0, "stddev", False),
     ):
         result = run(path, *FILE, put_noise(stored), *options, kind)
-        text = "the noise image is low where the image is noisy: does --err-type"
+        text = "the noise image is low where the image is noisy: is --err-type right"
         assert (text in result.err) == wrong
 
 
@@ -147,6 +159,15 @@ def test_what_an_extension_lacks_is_inherited_if_it_says_so(tmp_path, stars, kin
         np.testing.assert_array_equal(pixels, stars)
 
 
+def test_long_histories_are_inherited_in_no_time(run, tmp_path, stars):
+    primary, image = fits.PrimaryHDU(), fits.ImageHDU(stars, fits.Header({"INHERIT": True}))
+    for n in range(4000):
+        primary.header.add_history(f"step {n}")
+        image.header.add_history(f"step {n}")
+    fits.HDUList([primary, image]).writeto(tmp_path / "long.fits")
+    warned(run(tmp_path / "long.fits"))
+
+
 def test_sky_coordinates_are_inherited_as_a_whole_or_not(tmp_path, stars):
     path, own = tmp_path / "mef.fits", cards() | {"CD1_1": -2e-4, "CD2_2": 2e-4}
     more = {"CD1_2": 1e-4, "CD2_1": 1e-4, "PC1_1": 3.0, "A_ORDER": 2, "A_2_0": 1e-3}
@@ -156,6 +177,9 @@ def test_sky_coordinates_are_inherited_as_a_whole_or_not(tmp_path, stars):
     origin, _ = read_image(path)
     assert_allclose(origin.wcs.pixel_scale_matrix, np.diag([-2e-4, 2e-4]))
     assert origin.wcs.sip is None
+    fits.delval(path, "CTYPE1", 1)
+    fits.delval(path, "CTYPE2", 1)
+    assert read_image(path)[0].wcs is None
 
 
 # Pixels that aren't linear
@@ -167,7 +191,7 @@ def compressed(image, soften=12.0, offset=80.0):
     return stored.astype(np.float32), {"BSOFTEN": soften, "BOFFSET": offset}
 
 
-LINEARISED = "pixels linearised by BSOFTEN and BOFFSET"
+LINEARISED = "pixels converted to linear values, by BSOFTEN and BOFFSET"
 
 
 def test_compressed_pixels_are_linearised(run, write, stars):
@@ -187,6 +211,20 @@ def test_compressed_pixels_are_linearised(run, write, stars):
     assert_allclose(measured.catalog["flux_auto"], expected.catalog["flux_auto"], rtol=1e-3)
 
 
+def test_linear_pixels_with_old_cards_stay_as_they_are(write, stars, told):
+    _, pixels = read_image(write(stars, BSOFTEN=95.4, BOFFSET=2.2))
+    np.testing.assert_array_equal(pixels, stars)
+    assert "BSOFTEN and BOFFSET ignored, as its pixels look linear" in told[0]
+
+
+def test_padding_of_compressed_pixels_is_named_as_stored(run, write, stars):
+    stored, header = compressed(stars)
+    stored[:, :40] = 0
+    path = write(stored, **header)
+    assert "use --blank the value in the file" in run(path, "--thresh", 5).err
+    assert "padding" not in run(path, "--thresh", 5, "--blank", 0).err
+
+
 def test_a_compressed_noise_image_is_linearised(run, write, image):
     noise = np.linspace(1, 3, NX * NY).reshape(SHAPE)
     stored, header = compressed(noise, 0.5, 0.1)
@@ -198,12 +236,16 @@ def test_a_compressed_noise_image_is_linearised(run, write, image):
     warned(result, f"asinh.fits.*{LINEARISED}")
 
 
-@pytest.mark.parametrize("unit", ["mag", "mag/arcsec2", "log(counts)", "dex", "ABmag", "dB"])
+@pytest.mark.parametrize(
+    "unit", ["mag", "mmag", "mag/arcsec2", "log(counts)", "dex", "magnitude", "dBm"]
+)
 def test_a_logarithmic_unit_costs_a_warning(run, write, stars, unit):
-    warned(run(write(stars, BUNIT=unit)), f"the unit {re.escape(unit)} is a logarithm")
+    warned(run(write(stars, BUNIT=unit)), f"the unit {re.escape(unit)} is logarithmic")
 
 
-@pytest.mark.parametrize("unit", ["adu", "image", "magnetons", "Jy/beam", "10**-20 erg/s", "nmgy"])
+@pytest.mark.parametrize(
+    "unit", ["adu", "imag", "magnetons", "nanomaggy", "1/mag", "10**-20 erg/s"]
+)
 def test_no_other_unit_does(run, write, stars, unit):
     warned(run(write(stars, BUNIT=unit)))
 
@@ -222,16 +264,19 @@ def test_imagej_calibrates_values_by_a_straight_line(tmp_path, told):
         np.testing.assert_array_equal(pixels, expected)
         assert pixels.dtype == np.float32
         assert len(told) == (function != 0)
-    assert "calibration of pixel values is not applied" in told[0]
+    assert "calibration of pixel values is ignored" in told[0]
 
 
-@pytest.mark.parametrize("role", ["scale", "offset", "description"])
-def test_a_calibration_by_gdal_costs_a_warning(tmp_path, told, stars, role):
-    item = f'<GDALMetadata><Item name="X" sample="0" role="{role}">2.5</Item></GDALMetadata>'
+@pytest.mark.parametrize(
+    ("role", "value", "count"),
+    [("scale", 2.5, 1), ("offset", 7, 1), ("scale", 1, 0), ("text", 2, 0)],
+)
+def test_a_calibration_by_gdal_costs_a_warning(tmp_path, told, stars, role, value, count):
+    item = f'<GDALMetadata><Item name="X" sample="0" role="{role}">{value}</Item></GDALMetadata>'
     tag = (42112, "s", 0, item, True)
     tifffile.imwrite(tmp_path / "gdal.tif", stars, extratags=[tag])
     read_image(tmp_path / "gdal.tif")
-    assert len(told) == (role != "description")
+    assert len(told) == count
 
 
 def test_the_square_roots_of_a_gel_scanner_are_squared(tmp_path):
@@ -255,11 +300,13 @@ OVERSCAN = "pixels are outside DATASEC or TRIMSEC"
         ({"DATASEC": "[1:160,1:120]", "BIASSEC": "[161:176,1:120]"}, 16, 100, 1, "masked"),
         ({"DATASEC": "[1:160,1:120]"}, 16, 100, 1, None),
         ({"DATASEC": "[1:160,1:120]", "BIASSEC": "[11:26,1:120]"}, 16, 100, 1, None),
-        ({"DATASEC": "[1:160,1:120]"}, 60, 30, 1, "look different"),
+        ({"DATASEC": "[1:160,1:120]"}, 60, 30, 1, "differ from the rest"),
         ({"DATASEC": "[1:160,1:120]", "BIASSEC": "[161:220,1:120]"}, 60, 100, 1, None),
         ({"DATASEC": "[25:2072,1:4096]", "BIASSEC": "[2073:2100,1:4096]"}, 16, 30, 1, None),
         ({"DATASEC": "[1:160,1:120]", "RESAMPT1": "LANCZOS3"}, 16, 30, 1, None),
         ({"DATASEC": "[1:160,1:120]", "LTV1": -24.0}, 16, 30, 1, None),
+        ({"DATASEC": "[1:160,1:120]", "LTV1": 0.0, "HISTORY": "trimmed mean"}, 16, 30, 1, "masked"),
+        ({"DATASEC": "[1:160,1:120]", "NCOMBINE": 9}, 16, 100, 3, None),
         ({"DATASEC": "[1:160,1:120]", "HISTORY": "made by SWarp"}, 16, 30, 1, None),
         ({"DATASEC": "none", "TRIMSEC": 5}, 16, 30, 1, None),
     ],
@@ -294,16 +341,19 @@ def test_a_raw_colour_frame_costs_a_warning_until_only_green_is_left(run, write,
     y, x = np.indices(SHAPE)
     level = np.select([(y % 2 == 0) & (x % 2 == 0), (y + x) % 2 == 1], [300, 800], 500)
     raw = (level + stars - 100).astype(np.float32)
-    path, pattern = write(raw, BAYERPAT="RGGB"), r"a raw colour frame \(RGGB\)"
+    path, pattern = write(raw, BAYERPAT="RGGB"), r"a raw colour image \(RGGB\)"
     warned(run(path, "--thresh", 5), pattern, NO_SOURCES)
     mask = write(((y + x) % 2 == 0).astype(np.uint8), "mask.fits")
     result = run(path, "--thresh", 5, "--mask", mask)
     warned(result)
     assert len(result.catalog) == 6
     cube = write(np.stack([raw, raw]), "cube.fits", BAYERPAT="RGGB")
-    assert "colour frame" not in run(cube, "--plane", 0).err
+    assert "colour image" not in run(cube, "--plane", 0).err
     tifffile.imwrite(tmp_path / "raw.tif", raw, photometric="CFA", extratags=CFA_TAGS)
-    assert r"raw colour frame (CFA)" in run(tmp_path / "raw.tif", "--thresh", 5).err
+    for name, value in enumerate(["NONE", "N/A", "Mono", "TRUE"]):
+        other = write(raw, f"{name}.fits", BAYERPAT=value)
+        assert "colour image" not in run(other, "--thresh", 5).err
+    assert r"raw colour image (CFA)" in run(tmp_path / "raw.tif", "--thresh", 5).err
 
 
 CFA_TAGS = [(33421, "H", 2, (2, 2), True), (33422, "B", 4, b"\0\1\1\2", True)]
@@ -342,6 +392,14 @@ def test_an_occurrence_that_holds_no_image_is_refused(run, ccds, hdu, problem):
     run(ccds, "--hdu", hdu).assert_refused(problem, hdu, "2 CCD: table", "4 OTHER: 160 x 120")
 
 
+def test_a_number_is_an_index_even_if_it_is_a_name(tmp_path, told, stars):
+    hdus = [fits.ImageHDU(stars + n, name=str(3 - n)) for n in (1, 2)]
+    fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(tmp_path / "two.fits")
+    for hdu in (1, 2):
+        np.testing.assert_array_equal(read_image(tmp_path / "two.fits", str(hdu))[1], stars + hdu)
+    assert told == []
+
+
 def test_extver_goes_before_occurrence(tmp_path, stars):
     hdus = [fits.ImageHDU(stars + n, name="SCI", ver=n) for n in (2, 1)]
     fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(tmp_path / "two.fits")
@@ -361,6 +419,19 @@ def test_which_image_of_a_file_is_mask_or_noise_is_told(run, ccds):
 
 
 # Two matrices on one sky
+
+
+def test_a_matrix_of_an_alternate_wcs_is_no_conflict(run, write, stars):
+    matrix = {"CD1_1": -1e-4, "CD2_2": 1e-4}
+    plain = {key: value for key, value in cards().items() if not key.startswith("CD")}
+    plain |= {"PC1_1": 0.8, "PC1_2": 0.6, "PC2_1": -0.6, "PC2_2": 0.8, "CDELT1": -1e-4}
+    plain["CDELT2"] = 1e-4
+    alternate = {f"{key}A": value for key, value in (plain | matrix).items() if key[:2] != "PC"}
+    alternate.pop("CDELT1A"), alternate.pop("CDELT2A")
+    result = run(write(stars, **plain, **alternate))
+    warned(result)
+    alone = run(write(stars, "alone.fits", **plain))
+    assert_allclose(result.catalog[["ra", "dec"]], alone.catalog[["ra", "dec"]], rtol=1e-12)
 
 
 @pytest.mark.parametrize("differ", [True, False])
@@ -388,5 +459,5 @@ def test_dark_objects_cost_a_warning(run, write, sign, number, dark):
     light = sky.light((300, 300), sky.stars(x[:number], y[:number], 8000.0))
     image = 1000 + sign * light + np.random.default_rng(6).normal(0, 10, light.shape)
     result = run(write(image.astype(np.float32)), "--thresh", 4)
-    assert ("darker than the background by the threshold" in result.err) == dark
+    assert ("below the background by more than the threshold" in result.err) == dark
     assert ("invert the image" in result.err) == dark
