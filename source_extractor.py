@@ -6,7 +6,8 @@ The sections follow the order of the work; read `run`, near the end, for an over
     Settings, Reading, Kernel       parameters of the method; read one plane of a FITS or TIFF file
     Mask and frame, Background      combine masks; subtract the background, estimate the noise
     Worker processes, Detection     run jobs in parallel; find objects and their segmentation map
-    Measurements, Catalogue         sizes, fluxes and centroids; the table of all columns
+    Noise, Measurements             of empty sky; sizes, fluxes and centroids of objects
+    Catalogue                       the table of all columns
     Products, Advice, Command line  write files and pictures; warnings; options and the whole run
 
 Conventions: images are indexed (y, x); x and y are 0-based with pixel centres at integers; masks
@@ -1470,10 +1471,10 @@ SATURATED, BRIDGED, NEXT_TO_MASK = 4, 256, 512
 CLEAN_ZONE = 10.0  # SExtractor's: cleaning compares objects closer than this times a1 + a2
 LARGE_KERNEL = 200  # elements; larger kernels are applied faster by a Fourier transform
 
-# A pixel of an object: index of the object, position, value, value in the filtered image, and by
-# how much the latter exceeds the threshold.
-PIXEL = np.dtype("int, int, int, float, float, float")
-PIXEL.names = ("owner", "y", "x", "value", "filtered", "margin")
+# A pixel of an object: index of the object, position, value, value in the filtered image, by how
+# much the latter exceeds the threshold, and what is compared with `thresh`.
+PIXEL = np.dtype("int, int, int, float, float, float, float")
+PIXEL.names = ("owner", "y", "x", "value", "filtered", "margin", "significance")
 
 
 class Detections(NamedTuple):
@@ -1637,7 +1638,7 @@ def recount(objects, cut, pixels):
         objects[f"x{kind}peak"][cut], objects[f"y{kind}peak"][cut] = top["x"], top["y"]
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def filter_pixels(field, where, owner):
     """Return the pixels at flat indices `where` as `PIXEL`, filtered as SEP does it.
 
@@ -1654,14 +1655,16 @@ def filter_pixels(field, where, owner):
         significance = correlate(field.residual * precision, kernel, y, x) / weight
         margin = (significance - thresh) * np.square(kernel).sum() / weight
     else:
-        margin = filtered - thresh * field.threshold_unit()[y, x]
-    return np.rec.fromarrays((owner, y, x, field.residual[y, x], filtered, margin), dtype=PIXEL)
+        unit = field.threshold_unit()[y, x]
+        margin, significance = filtered - thresh * unit, filtered / unit
+    columns = owner, y, x, field.residual[y, x], filtered, margin, significance
+    return np.rec.fromarrays(columns, dtype=PIXEL)
 
 
 def correlate(image, kernel, y, x):
     """Return the correlation of an image with a kernel at pixels (y, x); 0 beyond the edges."""
     (ny, nx), (top, left) = image.shape, np.floor_divide(kernel.shape, 2)
-    if kernel.size > LARGE_KERNEL:
+    if kernel.size > LARGE_KERNEL and len(y) > image.size / 100:
         shape = np.add(image.shape, kernel.shape) - 1
         image, kernel = image.astype(np.float64), kernel.astype(np.float64)
         product = np.fft.rfft2(image, shape) * np.fft.rfft2(kernel, shape).conj()
@@ -1778,6 +1781,134 @@ def close_pairs(x, y, reach):
 
 
 # ---------------------------------------------------------------------------------------------
+# Noise
+# ---------------------------------------------------------------------------------------------
+
+# Discs in empty sky: random places to try, pixels to read for each radius (fewer for small ones),
+# least number of discs, ratio of successive radii, pixels around a disc without masked pixels and
+# detections.
+PLACES, DISC_PIXELS, MIN_DISCS, RADIUS_STEP, CLEARANCE = 200_000, 300_000, 100, 1.4, 4
+
+# Detections below so many sigmas are part of the sky; pixels for a first guess of sigma.
+WEAK, MANY = 5, 10_000
+
+STRIP = 2**21  # pixels of an image in whose negative false detections are counted
+MAX_SKEWNESS = 0.08  # of the sky; the negative of noise with 0.1 has 4 times too few detections
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of the sky in a `Field`: of apertures, and of the filtered image.
+
+    Neighbouring pixels of a resampled image are correlated, so that sums over them are noisier than
+    those of independent ones. Undetected sources and an uneven background add to that. `areas`
+    (pixels, ascending) and `ratios` describe discs in empty sky, as in Labbe et al. (2003), Gawiser
+    et al. (2006) and Whitaker et al. (2011). `sigma` is the standard deviation of the filtered
+    image, and `false` the number of sources in its negative, at the same threshold, nan if unknown.
+    """
+
+    areas: np.ndarray
+    ratios: np.ndarray  # noise of the sum over a disc, relative to that of independent pixels
+    sigma: float  # in units of the threshold
+    false: float
+
+    def ratio(self, area):
+        """Return the ratios for apertures of these areas (pixels).
+
+        Beyond the largest disc it grows on as in the last two steps, at most with the root of the
+        area, as the error of a wrong background does.
+        """
+        x, y = np.log(self.areas), np.log(self.ratios)
+        slope = np.clip((y[-1] - y[-3:][0]) / max(x[-1] - x[-3:][0], 1), 0, 0.5)
+        at = np.log(np.maximum(area, 1))
+        return np.exp(np.interp(at, x, y) + slope * np.maximum(at - x[-1], 0))
+
+    def scaled(self, error, sky, area):
+        """Return the errors of sums over `area` pixels, of which `sky` is the part of the sky."""
+        return np.sqrt(error**2 + (self.ratio(area) ** 2 - 1) * sky**2)
+
+
+@timed("measure noise")
+def measure_noise(field, found):
+    """Measure the `Noise` of the sky in a field, with the `Detections` found in it or another one.
+
+    Empty sky is where nothing is masked or stands out. Weak detections, which may be noise, are
+    part of it: without them its noise would be too low.
+    """
+    objects, labels = found
+    image, nx, random = field.residual, field.mask.shape[1], np.random.default_rng(0)
+    where = random.integers(image.size, size=PLACES)
+    where = where[~field.mask.take(where)]
+    sky = where[labels.take(where) == 0][:MANY]
+    weak = WEAK * half_range(filter_few(field, sky)["significance"]) if len(sky) else math.inf
+    peaks = filter_few(field, objects["ycpeak"] * nx + objects["xcpeak"])["significance"]
+    strong = peaks > weak
+    blocked = field.mask | np.append(False, strong)[labels]
+    y, x = np.divmod(where[~blocked.take(where)], nx)
+    sky, empty = where[:0], blocked.size - np.count_nonzero(blocked)
+    areas, ratios, radius = [1], [1.0], 1.0
+    while np.any(field.noise):
+        offsets = np.arange(-int(radius), int(radius) + 1)
+        area = np.count_nonzero(np.hypot(offsets, offsets[:, np.newaxis]) <= radius)
+        clear = radius + CLEARANCE
+        x, y = (values[: int(DISC_PIXELS / (math.pi * clear * radius))] for values in (x, y))
+        _, _, flag = sep.sum_circle(image, x, y, clear, mask=blocked, subpix=1)
+        x, y = x[flag == 0], y[flag == 0]
+        sums, errors, _ = sep.sum_circle(image, x, y, radius, err=field.noise, subpix=1)
+        if len(x) < MIN_DISCS or not errors.all():
+            break
+        sky = sky if sky.size else y * nx + x
+        ratio = half_range(sums / errors)
+        # Overlapping discs are not independent; 0.96 is of the half range of normal values. The
+        # noise map is known to some 1 %.
+        uncertainty = math.hypot(0.96 / math.sqrt(min(len(x), empty / area)), 0.01)
+        areas.append(area)
+        ratios.append(ratio if ratio > 1 + 3 * uncertainty else 1.0)
+        radius *= RADIUS_STEP
+    sigma, false = math.nan, math.nan
+    if sky.size:
+        pixels = filter_few(field, sky)
+        sigma, values = half_range(pixels["significance"]) or math.nan, pixels["value"]
+        values = values - np.median(values)
+        values = values[np.abs(values) < 5 * half_range(values)]
+        values -= values.mean()
+        if abs(np.mean(values**3)) <= MAX_SKEWNESS * np.mean(values**2) ** 1.5:
+            false = count_in_negative(field, sigma, np.count_nonzero(~strong))
+    return Noise(np.array(areas), np.array(ratios), sigma, false)
+
+
+INDEPENDENT = Noise(np.ones(1), np.ones(1), math.nan, math.nan)
+
+
+def filter_few(field, where):
+    """Return pixels at flat indices `where`, as `filter_pixels` does, with masked ones as 0."""
+    with replaced(field.residual, field.mask, 0):
+        return filter_pixels(field, where, np.zeros_like(where))
+
+
+def count_in_negative(field, sigma, weak):
+    """Return how many sources the negative of a field has, not deblended and not cleaned.
+
+    In a large image they are counted in four strips of rows, and their number is scaled. Returns
+    nan if there are more than twice as many as normal noise of this `sigma` makes, if each pixel
+    were independent, or than the number of `weak` detections: these are artefacts, or dark where
+    the light of sources was taken for background.
+    """
+    extraction = replace(field.method.extraction, deblend_nthresh=1)
+    method, (ny, nx), count = replace(field.method, extraction=extraction), field.mask.shape, 0
+    number = 1 if field.mask.size <= 2 * STRIP else 4
+    rows = ny if number == 1 else math.ceil(STRIP / number / nx)
+    for top in np.linspace(0, ny - rows, number, dtype=int):
+        strip = field.rows(top, top + rows)
+        negative = np.where(strip.mask, 0, -strip.residual)
+        _, labels = extract(replace(strip, residual=negative, method=method))
+        count += np.count_nonzero(np.unique(labels[~strip.mask]))
+    count *= ny / (number * rows)
+    noise = field.mask.size * math.erfc(extraction.thresh / sigma / math.sqrt(2)) / 2
+    return min(count, weak) if count <= 3 + 2 * min(noise, weak) else math.nan
+
+
+# ---------------------------------------------------------------------------------------------
 # Measurements
 # ---------------------------------------------------------------------------------------------
 
@@ -1800,12 +1931,13 @@ WINDOW_PIXELS = 500  # pixels of each window processed at a time
 
 
 @timed("measure")
-def measure(field, measure_field, found, settings, threads=1):
+def measure(field, measure_field, found, settings, threads=1, noise=None):
     """Measure background, sizes, Kron and aperture fluxes, and windowed centroids.
 
     Kron ellipses are those of the objects `found` in `field`; all else is measured in
     `measure_field`, without pixels of neighbours and masked ones, which are labelled in the
-    segmentation map for the duration of this function.
+    segmentation map for the duration of this function. `noise` is the `Noise` of that field; None
+    for errors as if its pixels were independent.
 
     Returns
     -------
@@ -1826,7 +1958,7 @@ def measure(field, measure_field, found, settings, threads=1):
     for batch in slices(len(ids), BATCH):
         neighbours = {"segmap": labels, "seg_id": ids[batch]}
         ellipses = shapes[:, batch], kron[batch]
-        jobs.append(partial(measure_batch, measure_field, *ellipses, neighbours, settings))
+        jobs.append(partial(measure_batch, measure_field, *ellipses, neighbours, noise, settings))
     with replaced(labels, measure_field.mask, MASKED):
         measured, *parts = run_jobs(jobs, threads)
     parts, flags = zip(*parts, strict=True)
@@ -1849,6 +1981,18 @@ def background_at(field, x, y):
     return {name: make().take(nearest).astype(float) for name, make in maps.items()}
 
 
+def scale_position_errors(found, noise, gain):
+    """Return the `Detections` with errors of (x, y) for this `Noise` of the sky.
+
+    The part of the source's own photons, such as x2 / (gain flux), stays as it is.
+    """
+    objects, extra = found.objects.copy(), noise.ratio(found.objects["npix"]) ** 2 - 1
+    for name in ("x2", "y2", "xy"):
+        photons = objects[name] / (objects["cflux"] * (gain or np.inf))
+        objects[f"err{name}"] += extra * (objects[f"err{name}"] - photons)
+    return found._replace(objects=objects)
+
+
 def measurable_shapes(objects):
     """Return x, y, a, b, theta (5, n) of the n objects that SEP can measure, and a mask of these.
 
@@ -1862,39 +2006,44 @@ def measurable_shapes(objects):
     return shapes[:, measurable], measurable
 
 
-def measure_batch(field, shapes, kron, neighbours, settings):
+def measure_batch(field, shapes, kron, neighbours, noise, settings):
     """Return the measurements of some objects, as named columns, and their flags; see `measure`.
 
     `shapes` are those of `measurable_shapes`. `neighbours` are SEP's keywords `segmap`, in which
     masked pixels are labelled as well, and `seg_id`, the labels of these objects.
     """
-    x, y, a, _, _ = shapes
+    x, y, a, b, _ = shapes
     # Like SExtractor, AUTO sums whole pixels whose centres are in the ellipse.
     ellipse = {"r": kron, "subpix": 1, **neighbours}
-    flux, error, flag = aperture_sums(sep.sum_ellipse, field, *shapes, **ellipse)
+    sums = partial(aperture_sums, field, noise)
+    flux, error, flag = sums(sep.sum_ellipse, math.pi * a * b * kron**2, *shapes, **ellipse)
     growth = {"frac": 0.5, "normflux": flux, "subpix": 5, **neighbours}
     radius, _ = sep.flux_radius(field.residual, x, y, KRON_REACH * a, **growth)
     radius[~((flux > 0) & (radius < KRON_REACH * a))] = np.nan
     sigma = WINDOW_SIGMA * np.maximum(radius, 0.5)
     xwin, ywin = windowed_centroids(field, x, y, sigma, neighbours)
-    measured = windowed_errors(field, xwin, ywin, sigma, neighbours)
+    measured = windowed_errors(field, noise, xwin, ywin, sigma, neighbours)
     measured |= {"flux_auto": flux, "fluxerr_auto": error, "kron_radius": kron}
     measured |= {"flux_radius": radius, "xwin": xwin, "ywin": ywin}
     for diameter in settings.aperture_diameters:
         circle = {"r": diameter / 2, "subpix": 0, **neighbours}  # 0: exact overlap
-        flux, error, _ = aperture_sums(sep.sum_circle, field, x, y, **circle)
+        flux, error, _ = sums(sep.sum_circle, math.pi * diameter**2 / 4, x, y, **circle)
         measured |= {f"flux_{aperture(diameter)}": flux, f"fluxerr_{aperture(diameter)}": error}
     return measured, flag
 
 
-def aperture_sums(sum_in, field, *shapes, **keywords):
+def aperture_sums(field, noise, sum_in, area, *shapes, **keywords):
     """Return the fluxes, their errors and flags from an aperture function `sum_in` of SEP.
 
-    Fluxes and errors are nan if no pixel was summed.
+    `area` (pixels) is that of the apertures, for the part of the sky in their errors. Fluxes and
+    errors are nan if no pixel was summed.
     """
-    keywords |= {"err": field.noise, "gain": field.method.extraction.gain}
-    flux, error, flag = sum_in(field.residual, *shapes, **keywords)
+    gain, keywords = field.method.extraction.gain, {"err": field.noise, **keywords}
+    flux, error, flag = sum_in(field.residual, *shapes, gain=gain, **keywords)
     empty = (error == 0) & np.any(field.noise)
+    if noise:
+        sky = sum_in(field.residual, *shapes, **keywords)[1] if gain else error
+        error = noise.scaled(error, sky, area)
     flux[empty], error[empty] = np.nan, np.nan
     flag[empty] |= sep.APER_ALLMASKED
     return flux, error, flag
@@ -1950,20 +2099,23 @@ def pixels_at(rows, columns, shape):
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def windowed_errors(field, xwin, ywin, sigma, neighbours):
+def windowed_errors(field, noise, xwin, ywin, sigma, neighbours):
     """Return the error ellipses of windowed centroids, as named columns; nan where these are nan.
 
     SExtractor's ERRAWIN_IMAGE, ERRBWIN_IMAGE (pixels) and ERRTHETAWIN_IMAGE (here in radians), from
     pixels of the source and the sky only. Parameters else as in `windowed_centroids`.
     """
     image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
-    noise, gain = field.noise, field.method.extraction.gain or np.inf
+    # The noise of a window is that of a disc of 1.3 sigmas.
+    scale = noise.ratio(math.pi * (1.3 * sigma) ** 2) if noise else np.ones_like(sigma)
+    pixel_noise, gain = field.noise, field.method.extraction.gain or np.inf
     known, sums = np.isfinite(xwin), np.full((4, len(xwin)), np.nan)
     halves = np.ceil(np.minimum(WINDOW_REACH * sigma, max(image.shape)))
     # Windows of the same size are processed together, some rows at a time to save memory.
     for half in np.unique(halves[known]).astype(int):
         same_size, offsets = known & (halves == half), np.arange(-half, half + 1)
-        x, y, s, own_id = (values[same_size, None, None] for values in (xwin, ywin, sigma, ids))
+        windows = xwin, ywin, sigma, scale, ids
+        x, y, s, factor, own_id = (values[same_size, None, None] for values in windows)
         columns, total = np.rint(x).astype(int) + offsets, 0
         for part in row_slices((len(offsets), len(offsets)), WINDOW_PIXELS):
             rows = np.rint(y).astype(int) + offsets[part, None]
@@ -1974,7 +2126,8 @@ def windowed_errors(field, xwin, ywin, sigma, neighbours):
             own = inside & (r2 < WINDOW_REACH**2) & ((owner == own_id) | (owner == 0))
             weight = np.where(own, np.exp(-r2 / 2), 0)
             flux = weight * np.where(own, image.take(at), 0)
-            rms = weight * np.where(own, noise.take(at) if np.ndim(noise) else noise, 0)
+            rms = pixel_noise.take(at) if np.ndim(pixel_noise) else pixel_noise
+            rms = weight * np.where(own, rms * factor, 0)
             variance = rms**2 + weight * np.maximum(flux, 0) / gain
             terms = flux, variance * dx**2, variance * dy**2, variance * dx * dy
             total += np.array([term.sum(axis=(1, 2)) for term in terms])
@@ -2025,6 +2178,7 @@ COLUMNS = (
     Column("npix", "pixel", "meta.number;instr.pixel", "number of pixels of the object"),
     Column("flag", None, "meta.code", "extraction flags"),
     Column("flag_auto", None, "meta.code", "photometry flags"),
+    Column("detection_snr", None, "stat.snr", "highest filtered pixel over its noise"),
     Column("thresh", "image", "phot.flux;stat.min", "detection threshold at the object"),
     Column("tnpix", "pixel", "meta.number;instr.pixel", "unfiltered pixels above the threshold"),
     Column("xmin", "pixel", "pos.cartesian.x;stat.min", "first column of the object"),
@@ -2100,18 +2254,20 @@ def unit_of_sums(text):
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
-def build_catalog(columns, found, measured, field, measure_field, wcs, settings):
+def build_catalog(columns, found, measured, noise, field, measure_field, wcs, settings):
     """Return the catalogue as a DataFrame with these columns and a row for each object.
 
-    `found` and `measured` are what `find_sources` and `measure` return. Their fluxes and levels are
-    converted here, by the placeholders of their units, from the frames of the two fields to image
-    values. Without a WCS, ra and dec are nan.
+    `found`, `measured` and `noise` are what `find_sources`, `measure` and `measure_noise` return.
+    Their fluxes and levels are converted here, by the placeholders of their units, from the frames
+    of the two fields to image values. Without a WCS, ra and dec are nan.
     """
     from pandas import DataFrame
 
     objects = found.objects
     table = {name: objects[name] for name in objects.dtype.names} | measured
     table["id"] = np.arange(1, len(objects) + 1)
+    peaks = filter_few(field, objects["ycpeak"] * field.mask.shape[1] + objects["xcpeak"])
+    table["detection_snr"] = peaks["significance"] / noise.sigma
     frames = {"image": field.frame, "measure": measure_field.frame}
     for column in columns:
         frame = frames.get((column.unit or "").split(" ")[0])
@@ -2159,6 +2315,7 @@ class Result:
     found: Detections
     catalog: "DataFrame"
     columns: tuple[Column, ...]  # of the catalogue, with their units
+    noise: Noise
     seeds: np.ndarray | None  # see `seed_map`, if they are a product
     warning: str  # the most important one, for the picture
     settings: list[str]  # lines for the history of the products
@@ -2383,6 +2540,8 @@ def show_sources(axes, result, room=0):
     greys = ScalarMappable(stretch(picture[least_masked]), "gray")
     show_image(axes, greys.to_rgba(picture, bytes=True), field.mask.shape)
     title = f"{len(objects)} source{'s' if len(objects) != 1 else ''}"
+    if result.noise.false >= 0.5:
+        title += f", at least {result.noise.false:.0f} of them noise"
     if masked.any():
         title += "\nmasked pixels in blue"
         # The opacity is proportional to the masked part of a block.
@@ -2412,7 +2571,7 @@ def stretch(values):
 def draw_overlay(path, result):
     """Draw the picture of the sources (PNG), with the most important warning below its title."""
     width, height = panel_size(result.field.mask.shape)
-    whole = max(width + 1, 3.3)  # wide enough for the title
+    whole = max(width + 1, 4.2)  # wide enough for the title
     text = result.warning.encode(errors="backslashreplace").decode()  # for names of files
     # 12 letters to the inch; options stay whole.
     warning = textwrap.wrap(text, int(12 * (whole - 1)), break_on_hyphens=False)
@@ -2761,6 +2920,17 @@ def linear_advice(origin, mask):
     return None
 
 
+def purity_advice(noise, found):
+    """Warn if more than a fifth of the sources are noise."""
+    number = len(found.objects)
+    if not noise.false > 0.2 * number:
+        return None
+    text = (
+        f"at least {noise.false:.0f} of {number} sources are noise: the negative of the image has"
+    )
+    return f"{text} as many; raise the threshold"
+
+
 def no_sources_advice(field, found):
     """Warn if there are no sources."""
     if field.is_noiseless():
@@ -2875,6 +3045,7 @@ def build_parser():
     parser.set_defaults(maskthresh=0.0, mask_box=[], blank=[], bridge=Method.bridge)
     parser.set_defaults(background_passes=1, err_option="float_globalrms", err_type="stddev")
     parser.set_defaults(filter_case="default", filter_fwhm=2.0, output_dir=Path("."), threads=1)
+    parser.set_defaults(noise_correlation="measured")
     parser.add_argument("image", metavar="IMAGE", type=Path, help="FITS or TIFF image")
     real, positive = number(float), partial(number, float, above=0)
 
@@ -2943,6 +3114,8 @@ def build_parser():
     add("--kron-factor", radius, "radius of the AUTO ellipse in Kron radii", "FACTOR")
     add("--kron-min-radius", radius, "its minimum radius, in units of a, b", "RADIUS")
     add("--aperture-diameters", diameter, "diameters of circular apertures", "PIXELS", nargs="+")
+    text = "measured: errors are those of empty apertures; none: as if pixels were independent"
+    add("--noise-correlation", ("measured", "none"), text)
     add("--measure-image", Path, "detect on IMAGE, measure on this aligned image")
     add("--measure-hdu", str, "HDU of the measure image, as --hdu", "HDU")
     add("--measure-plane", number(int, 0), "plane of the measure image, as --plane", "INDEX")
@@ -3057,11 +3230,13 @@ def run(args, warned):
                 raise InputError(counts)
             found = find_sources(field, args.threads)
             seeds = seed_map(found.segmentation) if args.seeds else None
+            sky_noise = flux_noise = measure_noise(field, found)
             data = padding_advice(origin, padding, values), counts, mask_advice(field)
             linear = linear_advice(origin, excluded) or dark_advice(field, padding)
             warn(DATA_WARNING, *data, linear, noise_advice(field), no_sources_advice(field, found))
             warn(BACKGROUND_WARNING, boxes_advice(field, found))
             warn(logging.WARNING, depth_advice(field), seeds_advice(found, seeds))
+            warn(logging.WARNING, purity_advice(sky_noise, found))
         if args.measure_image:
             with about(measure_origin.name):
                 excluded = build_mask(measure_pixels, mask, None, args.mask_box)
@@ -3071,12 +3246,19 @@ def run(args, warned):
                 measure_field = subtract_background(
                     measure_pixels, excluded, None, measure_method, level, args.threads
                 )
+            flux_noise = measure_noise(measure_field, found)
         found = flag_pixels(found, field, measure_field)
-        measured = measure(field, measure_field, found, photometry, args.threads)
+        lines += describe_noise(sky_noise, field)
+        if args.noise_correlation == "none":
+            flux_noise = None
+        else:
+            found = scale_position_errors(found, sky_noise, field.method.extraction.gain)
+        measured = measure(field, measure_field, found, photometry, args.threads, flux_noise)
         columns = catalog_columns(photometry.aperture_diameters)
         catalog = build_catalog(
-            columns, found, measured, field, measure_field, origin.wcs, photometry
+            columns, found, measured, sky_noise, field, measure_field, origin.wcs, photometry
         )
+        lines += describe_depth(flux_noise or INDEPENDENT, measure_field, catalog, photometry)
         by_weight = sorted(warned, key=lambda record: -record.levelno)
         messages = [record.getMessage() for record in by_weight]
         result = Result(
@@ -3085,9 +3267,10 @@ def run(args, warned):
             found=found,
             catalog=catalog,
             columns=name_units(columns, origin.unit, measure_origin.unit),
+            noise=sky_noise,
             seeds=seeds,
             warning=messages[0] if messages else "",
-            settings=describe_settings(args, origin),
+            settings=describe_settings(args, origin, flux_noise),
             image_format=args.image_format,
         )
         write_products(paths, targets, result, args.threads)
@@ -3114,15 +3297,21 @@ def subtract_background(pixels, mask, noise, method, saturation, threads):
     return build_field(pixels, mask, noise, method, saturation, objects)
 
 
-def describe_settings(args, origin):
-    """Return a line for each option that affects the results; file names without directories."""
+def describe_settings(args, origin, noise):
+    """Return a line for each option that affects the results, and each disc of the `Noise`, if any.
+
+    Files are named without directories.
+    """
     left_out = {"output_dir", "image_format", "form", "verbose", "quiet", "threads", *PRODUCTS}
     options = vars(args) | {"hdu": origin.hdu}
-    return [
+    lines = [
         f"{name} = {value.name if isinstance(value, Path) else value!a}"
         for name, value in options.items()
         if name not in left_out and value not in (None, [], ())
     ]
+    for area, ratio in zip(noise.areas, noise.ratios, strict=True) if noise else ():
+        lines.append(f"noise_ratio at radius {math.sqrt(area / math.pi):.3g} = {ratio:.3g}")
+    return lines
 
 
 def describe_image(origin, pixels, mask, role="image"):
@@ -3158,6 +3347,40 @@ def describe_field(field):
     return [
         f"background    {field.level():.6g}, rms {rms:.6g}{note}",
         f"threshold     {thresh:.6g} ({'absolute' if absolute else f'{times:.4g} x {unit}'})",
+    ]
+
+
+def describe_noise(noise, field):
+    """Return lines on the noise of the sky, the depth of the detection, and false sources."""
+    ratio, thresh = noise.ratio(9 * math.pi), field.method.extraction.thresh / noise.sigma
+    lines = [f"noise         {ratio:.2f} times that of independent pixels at a radius of 3"]
+    if len(noise.areas) == 1:
+        text = "too little empty sky, or no noise; errors are those of independent pixels"
+        lines = [f"noise         not measured: {text}"]
+    if math.isfinite(thresh):
+        deep = 4 * noise.sigma * (field.frame.scale if field.method.err_option == "none" else 1)
+        text = f"{thresh:.2f} sigma of the filtered image; --thresh {deep:.3g} is 4 sigma"
+        lines.append(f"detection     {text}")
+    if noise.false >= 0.5:
+        lines.append(f"purity        at least {noise.false:.0f} of the sources are noise")
+    return lines
+
+
+def describe_depth(noise, field, catalog, settings):
+    """Return lines on the size of compact sources, and on the depth in an aperture of that size."""
+    clean = catalog[(catalog["snr"] > 20) & (catalog["flag"] == 0) & (catalog["flag_auto"] == 0)]
+    compact = clean[clean["flux_radius"] < 1.3 * clean["flux_radius"].quantile(0.2)]
+    fwhm, half_light = compact["fwhm"].median(), compact["flux_radius"].median()
+    if len(compact) < 3 or not fwhm > 0:
+        return []
+    area = math.pi * fwhm**2
+    pixel = np.median(sample(np.broadcast_to(field.noise, field.mask.shape), field.mask))
+    flux = 5 * field.frame.differences(float(pixel) * math.sqrt(area) * noise.ratio(area))
+    magnitude, width = settings.zeropoint - 2.5 * math.log10(flux), 2 * fwhm
+    size = f"FWHM {fwhm:.2f}, half-light radius {half_light:.2f} pixels"
+    return [
+        f"seeing        {size}, of {len(compact)} compact sources",
+        f"depth         5 sigma in {width:.1f} pixels: flux {flux:.4g}, magnitude {magnitude:.2f}",
     ]
 
 

@@ -21,6 +21,7 @@ DETECTION = ["id", *SEP_FIELDS]
 FIRST = [
     *("id", "x", "y", "ra", "dec", "flux_auto", "fluxerr_auto", "snr", "mag_auto", "magerr_auto"),
     *("flux_radius", "fwhm", "a", "b", "theta", "elongation", "npix", "flag", "flag_auto"),
+    "detection_snr",
 ]
 LAST = ["background", "rms", "kron_radius", "xwin", "ywin", "errawin", "errbwin", "errthetawin"]
 COLUMNS = [*FIRST, *(name for name in SEP_FIELDS if name not in FIRST), *LAST]
@@ -37,7 +38,12 @@ DEFAULTS = {
     **{"thresh": 1.5, "err_option": "float_globalrms", "err_type": "stddev", "minarea": 5},
     **{"filter_case": "default", "filter_fwhm": 2.0, "filter_type": "matched"},
     **{"deblend_nthresh": 32, "deblend_cont": 0.005, "clean": True, "clean_param": 1.0},
-    **{"zeropoint": 0.0, "kron_factor": 2.5, "kron_min_radius": 3.5},
+    **{
+        "zeropoint": 0.0,
+        "kron_factor": 2.5,
+        "kron_min_radius": 3.5,
+        "noise_correlation": "measured",
+    },
     **{"output_dir": Path("."), "verbose": False, "quiet": False},
     "threads": 1,
 }

@@ -91,7 +91,7 @@ def test_columns_have_units_but_for_pure_numbers(everything):
         column.name: column.unit for column in Table.read(everything / "catalog.fits").itercols()
     }
     assert {name: units[name].to_string() for name in expected} == expected
-    pure_numbers = {"id", "flag", "elongation", "kron_radius", "snr", "flag_auto"}
+    pure_numbers = {"id", "flag", "elongation", "kron_radius", "snr", "detection_snr", "flag_auto"}
     assert {name for name, unit in units.items() if unit is None} == pure_numbers
 
 

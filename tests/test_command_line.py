@@ -252,8 +252,8 @@ def test_the_report_tells_what_was_read_found_and_written(run, write, stars):
     assert rms == pytest.approx(background.globalrms, rel=1e-5)
     assert numbers(lines[4])[0] == pytest.approx(1.5 * background.globalrms, rel=1e-5)
     names = "background.fits, rms.fits, segmentation.fits, sources.png, catalog.tsv"
-    assert re.fullmatch(f"written +{names}", lines[5])
-    assert len(lines) == 6
+    assert re.fullmatch(f"written +{names}", lines[-1])
+    assert len(lines) <= 11
     told = verbose.out.splitlines()
     stages = [line for line in told if re.fullmatch(r"[a-z_ ]+ +\d+\.\d\d s", line)]
     assert [line for line in told if line not in stages] == lines

@@ -1,6 +1,7 @@
 """Counts: the level of integers with little noise, and photons too sparse for any."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,12 @@ from sky import stars as star_table
 from truth import match
 
 SHAPE = (512, 512)
+
+
+@pytest.fixture
+def run(run):
+    """Return the function that runs the tool, with errors as if pixels were independent."""
+    return partial(run, "--noise-correlation", "none")
 
 
 def gaussian(level, noise):

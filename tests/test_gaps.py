@@ -17,6 +17,12 @@ X, Y = grid_positions(SHAPE, 40, seed=3)
 BRIDGED = 256
 
 
+@pytest.fixture
+def run(run):
+    """Return the function that runs the tool, with errors as if pixels were independent."""
+    return partial(run, "--noise-correlation", "none")
+
+
 def field(fwhm=3.0):
     """Return stars 40 pixels apart on a level of 100."""
     return simulate(SHAPE, stars(X, Y, 30000.0, fwhm=fwhm), seed=2, level=100.0)[0]

@@ -1,6 +1,7 @@
 """Mask, boxes, noise image and kernel: what they read, what they change, what they refuse."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,12 @@ from same_as_sep import DEFAULT_KERNEL, assert_same, direct
 from source_extractor import make_kernel
 
 FILE = "--err-option", "file", "--err-file"
+
+
+@pytest.fixture
+def run(run):
+    """Return the function that runs the tool, with errors as if pixels were independent."""
+    return partial(run, "--noise-correlation", "none")
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Measuring on another image: detection from the one, photometry from the other."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import sep
@@ -8,6 +10,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from common import rows_at
 from contract import DETECTION
+
+
+@pytest.fixture
+def run(run):
+    """Return the function that runs the tool, with errors as if pixels were independent."""
+    return partial(run, "--noise-correlation", "none")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Photometry: every number recomputed from the other products, from `sep`, or from the truth."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,12 @@ NOISE_OPTIONS = {
 }
 
 
+@pytest.fixture
+def run(run):
+    """Return the function that runs the tool, with errors as if pixels were independent."""
+    return partial(run, "--noise-correlation", "none")
+
+
 @pytest.fixture(scope="module", params=NOISE_OPTIONS)
 def measured(request, tmp_path_factory, crowded):
     """Return the products of the crowded sky for each kind of noise, and the noise of a pixel."""
@@ -37,6 +44,7 @@ def measured(request, tmp_path_factory, crowded):
     extract(
         *(image, "-o", directory, "--subtracted", subtracted),
         *("--catalog-fits", directory / "catalog.fits"),
+        *("--noise-correlation", "none"),
         *("--zeropoint", ZEROPOINT, "--aperture-diameters", *DIAMETERS),
         *NOISE_OPTIONS[request.param],
         *("--err-file", file) * (request.param == "file"),

@@ -1,5 +1,6 @@
 """Write the pictures in README, form and tutorial, with the tool itself."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import tifffile
+from astropy.io import fits
+from matplotlib.figure import Figure
 from PIL import Image
 from skimage.measure import label
 from skimage.segmentation import expand_labels, find_boundaries
@@ -41,8 +44,35 @@ def save(picture, path):
     picture.quantize(128).save(ROOT / path, optimize=True)
 
 
+def noise_ratios(directory, image):
+    """Return radii of empty apertures, and their noise relative to that of independent pixels."""
+    fits.writeto(Path(directory, "noise.fits"), image.astype(np.float32), overwrite=True)
+    extract(directory, Path(directory, "noise.fits"), "--thresh", "10")
+    history = str(fits.getheader(Path(directory, "background.fits"))["HISTORY"])
+    return np.array(re.findall(r"noise_ratio at radius (\S+) = (\S+)", history), dtype=float).T
+
+
+def plot_noise(directory, path):
+    """Plot the noise of empty apertures, for white noise and for a stack of shifted images."""
+    rng, shape = np.random.default_rng(1), (1000, 1000)
+    stack = np.zeros(shape)
+    for y, x in rng.random((9, 2)):  # linear interpolation
+        rows = rng.normal(size=(shape[0] + 1, shape[1] + 1))
+        rows = (1 - y) * rows[:-1] + y * rows[1:]
+        stack += (1 - x) * rows[:, :-1] + x * rows[:, 1:]
+    figure = Figure(figsize=(5, 3), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="radius of the aperture (pixels)", ylabel="noise / independent pixels")
+    for name, image in {"resampled": stack, "white": rng.normal(size=shape)}.items():
+        axes.plot(*noise_ratios(directory, image), "o-", label=name)
+    axes.set(xlim=(0, 15), ylim=(0, None))
+    axes.legend()
+    figure.savefig(Path(directory, "noise.png"))
+    save(Image.open(Path(directory, "noise.png")).convert("RGB"), path)
+
+
 def main():
-    """Write static/images/sources.png and docs/tutorial/*."""
+    """Write static/images/sources.png, docs/noise.png, and docs/tutorial/*."""
     with TemporaryDirectory() as directory:
         for name, call in TUTORIAL.items():
             picture = extract(directory, *call)
@@ -51,6 +81,7 @@ def main():
             height = round(picture.height * WIDTH / picture.width)
             small = picture.resize((WIDTH, height), Image.Resampling.LANCZOS)
             small.save(ROOT / f"docs/tutorial/{name}.jpg", quality=80)
+        plot_noise(directory, "docs/noise.png")
         extract(directory, *SEEDS)
         seeds = tifffile.imread(Path(directory, "seeds.tif"))
     cells = expand_labels(label(seeds), distance=max(seeds.shape))
