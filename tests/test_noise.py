@@ -1,0 +1,343 @@
+"""Errors, depth and purity hold where the noise of neighbouring pixels is correlated."""
+
+import re
+
+import numpy as np
+import pytest
+import sep
+from astropy.io import fits
+from numpy.testing import assert_allclose, assert_array_equal
+
+import sky
+import source_extractor
+from common import SKY, field_of
+from source_extractor import Noise, count_in_negative, find_sources, measure_noise
+
+SIGMA = 10.0
+
+
+def white(shape, rng):
+    return rng.normal(size=shape)
+
+
+def smooth(fwhm):
+    """Return a function that makes white noise smoothed by a Gaussian, of unit variance."""
+
+    def make(shape, rng):
+        y, x = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
+        transfer = np.exp(-2 * (np.pi * fwhm / 2.3548) ** 2 * (x**2 + y**2))
+        noise = np.fft.irfft2(np.fft.rfft2(rng.normal(size=shape)) * transfer, shape)
+        return noise / noise.std()
+
+    return make
+
+
+def stacked(shape, rng):
+    """Return a stack of nine images, each shifted by parts of a pixel by linear interpolation."""
+    stack = np.zeros(shape)
+    for y, x in rng.random((9, 2)):
+        rows = rng.normal(size=(shape[0] + 1, shape[1] + 1))
+        rows = (1 - y) * rows[:-1] + y * rows[1:]
+        stack += (1 - x) * rows[:, :-1] + x * rows[:, 1:]
+    return stack / stack.std()
+
+
+def uneven(shape, rng):
+    """Return a stack whose noise rises from left to right by a factor of 3."""
+    return stacked(shape, rng) * np.linspace(0.5, 1.5, shape[1])
+
+
+NOISES = {
+    **{"white": white, "FWHM 1.5": smooth(1.5), "FWHM 2": smooth(2), "FWHM 3": smooth(3)},
+    **{"stack": stacked, "uneven": uneven},
+}
+
+
+def half_range(values):
+    low, high = np.nanpercentile(values, [16, 84])
+    return (high - low) / 2
+
+
+def sources(shape, seed):
+    """Return isolated Moffat stars and exponential galaxies."""
+    x, y = sky.grid_positions(shape, 45, seed=seed)
+    rng = np.random.default_rng(seed + 50)
+    flux = SIGMA * 10 ** rng.uniform(1.7, 3.5, len(x))
+    stars = sky.stars(x[::2], y[::2], flux[::2], fwhm=3.0, beta=3.5)
+    b, theta = 3 * rng.uniform(0.35, 1, len(x[1::2])), rng.uniform(-1.5, 1.5, len(x[1::2]))
+    galaxies = sky.galaxies(x[1::2], y[1::2], 2 * flux[1::2], a=3.0, b=b, theta=theta)
+    return sky.vstack([stars, galaxies])
+
+
+def pulls(run, write, kind, *options, seed=1):
+    """Return the errors of each source found, over the errors given, and its S/N."""
+    shape = (900, 900)
+    truth = sources(shape, seed)
+    light = sky.light(shape, truth)
+    noise = SIGMA * NOISES[kind](shape, np.random.default_rng(seed))
+    image = write((100 + light + noise).astype(np.float32), f"{kind} {seed}.fits")
+    found = run(image, "--aperture-diameters", 4, 10, *options).catalog
+    distance = np.hypot(*(np.subtract.outer(np.array(found[n]), np.array(truth[n])) for n in "xy"))
+    nearest = distance.argmin(axis=1)
+    found, nearest = found[distance.min(axis=1) < 2], nearest[distance.min(axis=1) < 2]
+    x, y, a, b, theta, kron = found[["x", "y", "a", "b", "theta", "kron_radius"]].to_numpy().T
+    true = sep.sum_ellipse(light, x, y, a, b, theta, kron, subpix=1)[0]
+    result = {"snr": true / found["fluxerr_auto"]}
+    result["auto"] = (found["flux_auto"] - true) / found["fluxerr_auto"]
+    for width in (4, 10):
+        true = sep.sum_circle(light, x, y, width / 2, subpix=0)[0]
+        name = f"aper_{width}"
+        result[name] = (found[f"flux_{name}"] - true) / found[f"fluxerr_{name}"]
+    for n in "xy":
+        off = found[f"{n}win"] - np.array(truth[n])[nearest]
+        # The error ellipse is nearly round.
+        result[f"{n}win"] = off / np.sqrt((found["errawin"] ** 2 + found["errbwin"] ** 2) / 2)
+        result[n] = (found[n] - np.array(truth[n])[nearest]) / np.sqrt(found[f"err{n}2"])
+    return {name: np.asarray(values) for name, values in result.items()}
+
+
+BINS = [(4, 12), (12, 50), (50, 500)]
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_errors_hold_whatever_the_noise(run, write, kind):
+    parts = [pulls(run, write, kind, seed=seed) for seed in (1, 2)]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for low, high in BINS:
+        chosen = (found["snr"] > low) & (found["snr"] <= high)
+        assert chosen.sum() > 60
+        for name in ("auto", "aper_4", "aper_10", "xwin", "ywin"):
+            values = found[name][chosen]
+            assert 0.75 < half_range(values) < 1.3, (name, low)
+            assert abs(np.nanmedian(values)) < 0.55, (name, low)
+
+
+def test_errors_of_the_barycentre_are_off_as_in_white_noise(run, write):
+    widths = {}
+    for kind in ("white", "FWHM 2", "stack"):
+        found = pulls(run, write, kind)
+        chosen = found["snr"] > 20
+        widths[kind] = np.mean([half_range(found[name][chosen]) for name in "xy"])
+    assert widths["FWHM 2"] == pytest.approx(widths["white"], rel=0.15)
+    assert widths["stack"] == pytest.approx(widths["white"], rel=0.15)
+
+
+def test_the_errors_of_independent_pixels_are_far_too_small_there(run, write):
+    found = pulls(run, write, "FWHM 3", "--noise-correlation", "none")
+    assert half_range(found["auto"]) > 3
+
+
+def test_ratios_are_those_of_the_autocorrelation():
+    for fwhm in (0, 1.5, 2, 3):
+        make = smooth(fwhm) if fwhm else white
+        field = field_of((SIGMA * make((900, 900), np.random.default_rng(3))).astype(np.float32))
+        noise = measure_noise(field, find_sources(field))
+        for radius in (2, 3, 5):
+            # The variance of a sum is the sum of the autocorrelation between all pairs of pixels.
+            disc = np.hypot(*np.mgrid[-radius : radius + 1, -radius : radius + 1]) <= radius
+            y, x = np.nonzero(disc)
+            distance2 = np.subtract.outer(x, x) ** 2 + np.subtract.outer(y, y) ** 2
+            sigma = max(fwhm, 0.1) / 2.3548
+            exact = np.sqrt(np.exp(-distance2 / (4 * sigma**2)).sum() / len(x))
+            assert noise.ratio(len(x)) == pytest.approx(exact, rel=0.06)
+        if not fwhm:
+            assert_array_equal(noise.ratios, 1)
+
+
+def test_beyond_the_largest_disc_the_ratio_goes_on_at_most_as_an_error_of_the_background():
+    noise = Noise(np.array([1.0, 10, 20, 40]), np.array([1.0, 1, 3, 9]), 1.0, 0.0)
+    assert noise.ratio(160) == pytest.approx(18)
+    assert noise.ratio(0.1) == 1
+    flat = Noise(np.array([1.0, 10, 20, 40]), np.array([1.0, 2, 2, 1]), 1.0, 0.0)
+    assert flat.ratio(1e6) == 1
+
+
+def test_only_the_part_of_the_sky_is_scaled(run, write):
+    """The photons of bright sources are independent."""
+    noise = 3 * smooth(3)((400, 400), np.random.default_rng(5))
+    x, y = sky.grid_positions((400, 400), 80, seed=5)
+    image = write((100 + noise + sky.light((400, 400), sky.stars(x, y, 1e6))).astype(np.float32))
+    errors = {}
+    for kind in ("measured", "none"):
+        for gain in ((), ("--gain", 0.01)):
+            options = "--noise-correlation", kind, *gain
+            catalog = run(image, *options).catalog
+            errors[kind, bool(gain)] = catalog[catalog["flux_auto"] > 5e5].reset_index()
+    for name in ("fluxerr_auto", "errx2", "errawin"):
+        sky_only, with_photons = (
+            np.median(errors["measured", gain][name] / errors["none", gain][name])
+            for gain in (False, True)
+        )
+        assert sky_only > 2
+        assert with_photons == pytest.approx(1, abs=0.05)
+
+
+def test_a_measure_image_has_its_own_noise(run, write):
+    x, y = sky.grid_positions((400, 400), 50, seed=6)
+    light = sky.light((400, 400), sky.stars(x, y, 5000.0))
+    rng = np.random.default_rng(6)
+    one = write((light + SIGMA * white((400, 400), rng)).astype(np.float32), "white.fits")
+    other = write((light + SIGMA * smooth(3)((400, 400), rng)).astype(np.float32), "smooth.fits")
+    ratios = []
+    for image, measured in ((one, other), (other, one)):
+        pair = image, "--measure-image", measured
+        ours, plain = (
+            run(*pair, "--noise-correlation", kind).catalog for kind in ("measured", "none")
+        )
+        ratios.append(np.median(ours["fluxerr_auto"] / plain["fluxerr_auto"]))
+        ratios.append(np.median(ours["errx2"] / plain["errx2"]))
+    flux, position, plain_flux, correlated_position = ratios
+    assert flux > 2.5
+    assert position == 1
+    assert plain_flux == 1
+    assert correlated_position > 5
+
+
+def test_the_ratios_are_in_the_history_and_the_same_for_any_number_of_processes(run):
+    lines = []
+    for threads in (1, 2):
+        result = run(SKY, "--threads", threads, "--catalog-fits", "c.fits")
+        history = list(fits.getheader(result.directory / "background.fits")["HISTORY"])
+        lines.append([line for line in history if line.startswith("noise_ratio at radius")])
+        table = list(fits.getheader("c.fits", 1)["HISTORY"])
+        assert [line for line in table if line.startswith("noise_ratio")] == lines[-1]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) > 5
+    none = run(SKY, "--noise-correlation", "none")
+    assert "noise_ratio" not in str(fits.getheader(none.directory / "rms.fits")["HISTORY"])
+
+
+@pytest.fixture(autouse=True)
+def in_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# Depth
+
+
+@pytest.mark.parametrize("options", ["", "--err-option array_rms", "--err-option none --thresh 15"])
+def test_the_advised_threshold_is_four_sigma_of_the_filtered_image(run, write, options):
+    image = SIGMA * smooth(2)((600, 600), np.random.default_rng(8))
+    path = write(image.astype(np.float32))
+    pattern = r"detection +(\S+) sigma of the filtered image; --thresh (\S+) is 4 sigma"
+    _, thresh = re.search(pattern, run(path, *options.split()).out).groups()
+    again = re.search(pattern, run(path, *options.split(), "--thresh", thresh).out)
+    assert float(again[1]) == pytest.approx(4, abs=0.02)
+    # The exact noise of the image smoothed with 1 2 1 / 2 4 2 / 1 2 1.
+    if options == "--err-option none --thresh 15":
+        padded = np.pad(image, 1)
+        rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
+        filtered = (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 16
+        assert float(thresh) == pytest.approx(4 * filtered.std(), rel=0.03)
+
+
+def test_seeing_and_depth_are_those_of_the_stars(run, write):
+    x, y = sky.grid_positions((600, 600), 60, seed=9)
+    light = sky.light((600, 600), sky.stars(x, y, 5e4, fwhm=4.0))
+    image = light + np.random.default_rng(9).normal(50, SIGMA, light.shape)
+    out = run(write(image.astype(np.float32)), "--zeropoint", 25).out
+    fwhm, half_light, number = re.search(
+        r"seeing +FWHM (\S+), half-light radius (\S+) pixels, of (\d+) compact", out
+    ).groups()
+    assert float(fwhm) == pytest.approx(4, rel=0.1)
+    assert float(half_light) == pytest.approx(2, rel=0.1)
+    assert int(number) == len(x)
+    width, flux, magnitude = map(
+        float, re.search(r"5 sigma in (\S+) pixels: flux (\S+), magnitude (\S+)", out).groups()
+    )
+    assert width == pytest.approx(2 * float(fwhm), abs=0.1)
+    assert flux == pytest.approx(5 * SIGMA * np.sqrt(np.pi * (width / 2) ** 2), rel=0.05)
+    assert magnitude == pytest.approx(25 - 2.5 * np.log10(flux), abs=0.01)
+
+
+# Purity
+
+
+@pytest.mark.parametrize("kind", ["white", "FWHM 2", "stack"])
+def test_false_sources_are_counted_in_pure_noise(kind):
+    found = told = 0
+    for seed in range(10):
+        image = SIGMA * NOISES[kind]((700, 700), np.random.default_rng(seed))
+        field = field_of(image.astype(np.float32))
+        sigma = measure_noise(field, find_sources(field)).sigma
+        field = field_of(image.astype(np.float32), thresh=2.6 * sigma)
+        detections = find_sources(field)
+        found += len(detections.objects)
+        told += measure_noise(field, detections).false
+    assert found > 200
+    assert 1 / 1.5 < told / found < 1.5
+
+
+def test_large_images_are_searched_in_strips(monkeypatch):
+    image = (SIGMA * smooth(2)((800, 400), np.random.default_rng(2))).astype(np.float32)
+    field = field_of(image, thresh=1.2)
+    whole = count_in_negative(field, 0.6, 10**6)
+    monkeypatch.setattr(source_extractor, "STRIP", 100_000)
+    parts = count_in_negative(field, 0.6, 10**6)
+    assert whole > 500
+    assert parts != whole
+    assert parts == pytest.approx(whole, rel=0.15)
+
+
+def test_sources_of_noise_cost_a_warning_and_a_note_on_the_picture(run, write):
+    image = (SIGMA * smooth(3)((400, 400), np.random.default_rng(4))).astype(np.float32)
+    result = run(write(image))
+    number = len(result.catalog)
+    warned = re.search(r"at least (\d+) of (\d+) sources are noise", result.err)
+    assert int(warned[2]) == number
+    assert int(warned[1]) > 0.8 * number
+    assert f"at least {warned[1]} of the sources are noise" in result.out
+    x, y = sky.grid_positions(image.shape, 50, seed=4)
+    stars = sky.light(image.shape, sky.stars(x, y, 30_000.0))
+    clean = run(write((image + stars).astype(np.float32), "stars.fits"), "--thresh", 4.5)
+    assert "noise:" not in clean.err
+    assert "purity" not in clean.out
+
+
+@pytest.mark.parametrize("kind", ["photons", "hole"])
+def test_purity_is_not_told_where_it_would_be_wrong(run, write, kind):
+    rng = np.random.default_rng(7)
+    if kind == "photons":
+        image = rng.poisson(2.0, (400, 400))
+    else:  # dark where light was taken for background
+        image = SIGMA * rng.normal(size=(400, 400))
+        y, x = np.indices(image.shape)
+        for at in range(30, 400, 40):
+            image -= 60 * np.exp(-((x - at) ** 2 + (y - 200) ** 2) / 18)
+    assert "purity" not in run(write(image.astype(np.float32)), "--thresh", 1.8).out
+
+
+# Detection S/N
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--err-option array_rms --filter-type conv", "--err-option array_rms --thresh 4"],
+)
+def test_detection_snr_is_over_the_measured_noise(run, write, options):
+    x, y = sky.grid_positions((600, 600), 60, seed=3)
+    light = sky.light((600, 600), sky.stars(x, y, 3000.0, fwhm=4.0))
+    image = light + SIGMA * smooth(2)(light.shape, np.random.default_rng(3))
+    result = run(write(image.astype(np.float32)), *options.split())
+    threshold = float(re.search(r"detection +(\S+) sigma", result.out)[1])
+    assert result.catalog["detection_snr"].min() >= 0.99 * threshold
+    kernel = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    view = np.lib.stride_tricks.sliding_window_view(np.pad(image, 1), (3, 3))
+    blank = np.lib.stride_tricks.sliding_window_view(np.pad(image - light, 1), (3, 3))
+    filtered, noise = (np.einsum("yxij,ij->yx", each, kernel) for each in (view, blank))
+    catalog = result.catalog
+    expected = filtered[catalog["ycpeak"], catalog["xcpeak"]] / noise.std()
+    bright = expected > 10
+    assert bright.sum() > 50
+    assert_allclose(catalog["detection_snr"][bright], expected[bright], rtol=0.1)
+
+
+def test_without_empty_sky_the_noise_is_told_as_not_measured(run, write):
+    y, x = np.indices((200, 200))
+    crowd = 60 * np.exp(-((x % 7 - 3) ** 2 + (y % 7 - 3) ** 2) / 4.5)
+    noise = np.random.default_rng(1).normal(size=x.shape)
+    result = run(write((crowd + noise).astype(np.float32)))
+    assert len(result.catalog) > 500
+    assert "noise         not measured: too little empty sky" in result.out
+    assert result.catalog["detection_snr"].isna().all()
+    assert (result.catalog["fluxerr_auto"] > 0).all()
