@@ -1787,7 +1787,7 @@ def close_pairs(x, y, reach):
 # Discs in empty sky: random places to try, pixels to read for each radius (fewer for small ones),
 # least number of discs, ratio of successive radii, pixels around a disc without masked pixels and
 # detections.
-PLACES, DISC_PIXELS, MIN_DISCS, RADIUS_STEP, CLEARANCE = 200_000, 300_000, 100, 1.4, 4
+PLACES, DISC_PIXELS, MIN_DISCS, RADIUS_STEP, CLEARANCE = 200_000, 300_000, 100, 1.42, 4
 
 # Detections below so many sigmas are part of the sky; pixels for a first guess of sigma.
 WEAK, MANY = 5, 10_000
@@ -1836,17 +1836,32 @@ def measure_noise(field, found):
     part of it: without them its noise would be too low.
     """
     objects, labels = found
-    image, nx, random = field.residual, field.mask.shape[1], np.random.default_rng(0)
-    where = random.integers(image.size, size=PLACES)
-    where = where[~field.mask.take(where)]
-    sky = where[labels.take(where) == 0][:MANY]
+    places = np.random.default_rng(0).integers(labels.size, size=PLACES)
+    places = places[~field.mask.take(places)]
+    sky = places[labels.take(places) == 0][:MANY]
     weak = WEAK * half_range(filter_few(field, sky)["significance"]) if len(sky) else math.inf
-    peaks = filter_few(field, objects["ycpeak"] * nx + objects["xcpeak"])["significance"]
-    strong = peaks > weak
+    peaks = objects["ycpeak"] * labels.shape[1] + objects["xcpeak"]
+    strong = filter_few(field, peaks)["significance"] > weak
     blocked = field.mask | np.append(False, strong)[labels]
-    y, x = np.divmod(where[~blocked.take(where)], nx)
-    sky, empty = where[:0], blocked.size - np.count_nonzero(blocked)
-    areas, ratios, radius = [1], [1.0], 1.0
+    areas, ratios, sky = measure_discs(field, blocked, places[~blocked.take(places)])
+    sigma, false = math.nan, math.nan
+    if len(sky):
+        pixels = filter_few(field, sky)
+        sigma = half_range(pixels["significance"]) or math.nan
+        if abs(skewness(pixels["value"])) <= MAX_SKEWNESS:
+            false = count_in_negative(field, sigma, np.count_nonzero(~strong))
+    return Noise(areas, ratios, sigma, false)
+
+
+def measure_discs(field, blocked, places):
+    """Return areas and noise ratios of discs, see `Noise`, and the places of the smallest ones.
+
+    The discs are at `places` (flat indices) that are clear of `blocked` pixels. A ratio is 1 unless
+    it is larger by 3 times its uncertainty.
+    """
+    image, (y, x) = field.residual, np.divmod(places, blocked.shape[1])
+    sky, empty = places[:0], blocked.size - np.count_nonzero(blocked)
+    areas, ratios, radius = [1], [1.0], RADIUS_STEP  # a disc of radius 1 is one pixel
     while np.any(field.noise):
         offsets = np.arange(-int(radius), int(radius) + 1)
         area = np.count_nonzero(np.hypot(offsets, offsets[:, np.newaxis]) <= radius)
@@ -1857,7 +1872,7 @@ def measure_noise(field, found):
         sums, errors, _ = sep.sum_circle(image, x, y, radius, err=field.noise, subpix=1)
         if len(x) < MIN_DISCS or not errors.all():
             break
-        sky = sky if sky.size else y * nx + x
+        sky = sky if len(sky) else y * blocked.shape[1] + x
         ratio = half_range(sums / errors)
         # Overlapping discs are not independent; 0.96 is of the half range of normal values. The
         # noise map is known to some 1 %.
@@ -1865,16 +1880,21 @@ def measure_noise(field, found):
         areas.append(area)
         ratios.append(ratio if ratio > 1 + 3 * uncertainty else 1.0)
         radius *= RADIUS_STEP
-    sigma, false = math.nan, math.nan
-    if sky.size:
-        pixels = filter_few(field, sky)
-        sigma, values = half_range(pixels["significance"]) or math.nan, pixels["value"]
-        values = values - np.median(values)
-        values = values[np.abs(values) < 5 * half_range(values)]
-        values -= values.mean()
-        if abs(np.mean(values**3)) <= MAX_SKEWNESS * np.mean(values**2) ** 1.5:
-            false = count_in_negative(field, sigma, np.count_nonzero(~strong))
-    return Noise(np.array(areas), np.array(ratios), sigma, false)
+    return np.array(areas), np.array(ratios), sky
+
+
+def skewness(values):
+    """Return the skewness of values, without those more than 5 sigma from the median.
+
+    If so many are equal that sigma is 0, it is infinite.
+    """
+    values = values - np.median(values)
+    sigma = half_range(values)
+    if not sigma > 0:
+        return math.inf
+    values = values[np.abs(values) < 5 * sigma]
+    values -= values.mean()
+    return np.mean(values**3) / np.mean(values**2) ** 1.5
 
 
 INDEPENDENT = Noise(np.ones(1), np.ones(1), math.nan, math.nan)
