@@ -1784,13 +1784,15 @@ def close_pairs(x, y, reach):
 # Noise
 # ---------------------------------------------------------------------------------------------
 
-# Discs in empty sky: random places to try, pixels to read for each radius (fewer for small ones),
-# least number of discs, ratio of successive radii, pixels around a disc without masked pixels and
-# detections.
-PLACES, DISC_PIXELS, MIN_DISCS, RADIUS_STEP, CLEARANCE = 200_000, 300_000, 100, 1.42, 4
+# Discs in empty sky.
+PLACES = 200_000  # random pixels that are tried as centres
+DISC_PIXELS = 300_000  # pixels to read for each radius; fewer for small ones
+MIN_DISCS = 100
+RADIUS_STEP = 1.42  # ratio of successive radii
+CLEARANCE = 4  # pixels around a disc that are neither masked nor detected
 
-# Detections below so many sigmas are part of the sky; pixels for a first guess of sigma.
-WEAK, MANY = 5, 10_000
+WEAK = 5  # detections whose peak is below this many sigmas count as sky
+FIRST_PIXELS = 10_000  # pixels from which sigma is first estimated
 
 STRIP = 2**21  # pixels of an image in whose negative false detections are counted
 MAX_SKEWNESS = 0.08  # of the sky; the negative of noise with 0.1 has 4 times too few detections
@@ -1828,27 +1830,29 @@ class Noise:
         return np.sqrt(error**2 + (self.ratio(area) ** 2 - 1) * sky**2)
 
 
+INDEPENDENT = Noise(np.ones(1), np.ones(1), math.nan, math.nan)  # scales no errors
+
+
 @timed("measure noise")
-def measure_noise(field, found):
+def measure_noise(field, found, purity=True):
     """Measure the `Noise` of the sky in a field, with the `Detections` found in it or another one.
 
     Empty sky is where nothing is masked or stands out. Weak detections, which may be noise, are
-    part of it: without them its noise would be too low.
+    part of it: without them its noise would be too low. False sources are counted for `purity`
+    only, as a measure image needs none.
     """
-    objects, labels = found
-    places = np.random.default_rng(0).integers(labels.size, size=PLACES)
+    places = np.random.default_rng(0).integers(field.mask.size, size=PLACES)
     places = places[~field.mask.take(places)]
-    sky = places[labels.take(places) == 0][:MANY]
+    sky = places[found.segmentation.take(places) == 0][:FIRST_PIXELS]
     weak = WEAK * half_range(filter_few(field, sky)["significance"]) if len(sky) else math.inf
-    peaks = objects["ycpeak"] * labels.shape[1] + objects["xcpeak"]
-    strong = filter_few(field, peaks)["significance"] > weak
-    blocked = field.mask | np.append(False, strong)[labels]
+    strong = peak_significance(field, found.objects) > weak
+    blocked = field.mask | np.append(False, strong)[found.segmentation]
     areas, ratios, sky = measure_discs(field, blocked, places[~blocked.take(places)])
     sigma, false = math.nan, math.nan
     if len(sky):
         pixels = filter_few(field, sky)
         sigma = half_range(pixels["significance"]) or math.nan
-        if abs(skewness(pixels["value"])) <= MAX_SKEWNESS:
+        if purity and abs(skewness(pixels["value"])) <= MAX_SKEWNESS:
             false = count_in_negative(field, sigma, np.count_nonzero(~strong))
     return Noise(areas, ratios, sigma, false)
 
@@ -1886,7 +1890,7 @@ def measure_discs(field, blocked, places):
 def skewness(values):
     """Return the skewness of values, without those more than 5 sigma from the median.
 
-    If so many are equal that sigma is 0, it is infinite.
+    It is infinite if sigma is 0, as when most values are equal.
     """
     values = values - np.median(values)
     sigma = half_range(values)
@@ -1897,13 +1901,16 @@ def skewness(values):
     return np.mean(values**3) / np.mean(values**2) ** 1.5
 
 
-INDEPENDENT = Noise(np.ones(1), np.ones(1), math.nan, math.nan)
-
-
 def filter_few(field, where):
     """Return pixels at flat indices `where`, as `filter_pixels` does, with masked ones as 0."""
     with replaced(field.residual, field.mask, 0):
         return filter_pixels(field, where, np.zeros_like(where))
+
+
+def peak_significance(field, objects):
+    """Return what is compared with `thresh` at the highest filtered pixel of each object."""
+    where = objects["ycpeak"] * field.mask.shape[1] + objects["xcpeak"]
+    return filter_few(field, where)["significance"]
 
 
 def count_in_negative(field, sigma, weak):
@@ -1951,13 +1958,12 @@ WINDOW_PIXELS = 500  # pixels of each window processed at a time
 
 
 @timed("measure")
-def measure(field, measure_field, found, settings, threads=1, noise=None):
+def measure(field, measure_field, found, settings, threads=1, noise=INDEPENDENT):
     """Measure background, sizes, Kron and aperture fluxes, and windowed centroids.
 
     Kron ellipses are those of the objects `found` in `field`; all else is measured in
     `measure_field`, without pixels of neighbours and masked ones, which are labelled in the
-    segmentation map for the duration of this function. `noise` is the `Noise` of that field; None
-    for errors as if its pixels were independent.
+    segmentation map for the duration of this function. `noise` is the `Noise` of that field.
 
     Returns
     -------
@@ -2061,9 +2067,8 @@ def aperture_sums(field, noise, sum_in, area, *shapes, **keywords):
     gain, keywords = field.method.extraction.gain, {"err": field.noise, **keywords}
     flux, error, flag = sum_in(field.residual, *shapes, gain=gain, **keywords)
     empty = (error == 0) & np.any(field.noise)
-    if noise:
-        sky = sum_in(field.residual, *shapes, **keywords)[1] if gain else error
-        error = noise.scaled(error, sky, area)
+    sky = sum_in(field.residual, *shapes, **keywords)[1] if gain else error
+    error = noise.scaled(error, sky, area)
     flux[empty], error[empty] = np.nan, np.nan
     flag[empty] |= sep.APER_ALLMASKED
     return flux, error, flag
@@ -2127,7 +2132,7 @@ def windowed_errors(field, noise, xwin, ywin, sigma, neighbours):
     """
     image, labels, ids = field.residual, neighbours["segmap"], neighbours["seg_id"]
     # The noise of a window is that of a disc of 1.3 sigmas.
-    scale = noise.ratio(math.pi * (1.3 * sigma) ** 2) if noise else np.ones_like(sigma)
+    scale = noise.ratio(math.pi * (1.3 * sigma) ** 2)
     pixel_noise, gain = field.noise, field.method.extraction.gain or np.inf
     known, sums = np.isfinite(xwin), np.full((4, len(xwin)), np.nan)
     halves = np.ceil(np.minimum(WINDOW_REACH * sigma, max(image.shape)))
@@ -2286,8 +2291,7 @@ def build_catalog(columns, found, measured, noise, field, measure_field, wcs, se
     objects = found.objects
     table = {name: objects[name] for name in objects.dtype.names} | measured
     table["id"] = np.arange(1, len(objects) + 1)
-    peaks = filter_few(field, objects["ycpeak"] * field.mask.shape[1] + objects["xcpeak"])
-    table["detection_snr"] = peaks["significance"] / noise.sigma
+    table["detection_snr"] = peak_significance(field, objects) / noise.sigma
     frames = {"image": field.frame, "measure": measure_field.frame}
     for column in columns:
         frame = frames.get((column.unit or "").split(" ")[0])
@@ -2464,8 +2468,8 @@ def write_regions(path, result):
     """Write a DS9 region file: ellipses of semi-axes 3a and 3b, labelled with the id.
 
     Coordinates are ICRS if the catalogue has these, else DS9's 1-based pixels. In ICRS, DS9 counts
-    the angle from west through north. If pixels are not square, the axes of an ellipse on the sky
-    are not those in the image, so that they are computed anew.
+    the angle from west through north. The axes of an ellipse on the sky are computed on the sky, as
+    they differ from those in the image if pixels are not square.
     """
     names = ("x", "y", "a", "b", "theta", "id")
     x, y, a, b, theta, labels = (result.catalog[name].to_numpy() for name in names)
@@ -2945,10 +2949,8 @@ def purity_advice(noise, found):
     number = len(found.objects)
     if not noise.false > 0.2 * number:
         return None
-    text = (
-        f"at least {noise.false:.0f} of {number} sources are noise: the negative of the image has"
-    )
-    return f"{text} as many; raise the threshold"
+    text = "sources are noise: the negative of the image has as many; raise the threshold"
+    return f"at least {noise.false:.0f} of {number} {text}"
 
 
 def no_sources_advice(field, found):
@@ -3266,11 +3268,11 @@ def run(args, warned):
                 measure_field = subtract_background(
                     measure_pixels, excluded, None, measure_method, level, args.threads
                 )
-            flux_noise = measure_noise(measure_field, found)
+            flux_noise = measure_noise(measure_field, found, purity=False)
         found = flag_pixels(found, field, measure_field)
         lines += describe_noise(sky_noise, field)
         if args.noise_correlation == "none":
-            flux_noise = None
+            flux_noise = INDEPENDENT
         else:
             found = scale_position_errors(found, sky_noise, field.method.extraction.gain)
         measured = measure(field, measure_field, found, photometry, args.threads, flux_noise)
@@ -3278,7 +3280,7 @@ def run(args, warned):
         catalog = build_catalog(
             columns, found, measured, sky_noise, field, measure_field, origin.wcs, photometry
         )
-        lines += describe_depth(flux_noise or INDEPENDENT, measure_field, catalog, photometry)
+        lines += describe_depth(flux_noise, measure_field, catalog, photometry)
         by_weight = sorted(warned, key=lambda record: -record.levelno)
         messages = [record.getMessage() for record in by_weight]
         result = Result(
@@ -3318,9 +3320,9 @@ def subtract_background(pixels, mask, noise, method, saturation, threads):
 
 
 def describe_settings(args, origin, noise):
-    """Return a line for each option that affects the results, and each disc of the `Noise`, if any.
+    """Return a line for each option that affects the results, and for each disc of the `Noise`.
 
-    Files are named without directories.
+    Files are named without directories. Discs are left out if they scale no errors.
     """
     left_out = {"output_dir", "image_format", "form", "verbose", "quiet", "threads", *PRODUCTS}
     options = vars(args) | {"hdu": origin.hdu}
@@ -3329,7 +3331,9 @@ def describe_settings(args, origin, noise):
         for name, value in options.items()
         if name not in left_out and value not in (None, [], ())
     ]
-    for area, ratio in zip(noise.areas, noise.ratios, strict=True) if noise else ():
+    if args.noise_correlation == "none":
+        return lines
+    for area, ratio in zip(noise.areas, noise.ratios, strict=True):
         lines.append(f"noise_ratio at radius {math.sqrt(area / math.pi):.3g} = {ratio:.3g}")
     return lines
 

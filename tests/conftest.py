@@ -17,8 +17,12 @@ def coarse_pictures(monkeypatch):
 
 
 @pytest.fixture
-def run(tmp_path, capsys, monkeypatch):
-    """Return a function that runs the tool on its arguments, with products in a fresh directory."""
+def run(tmp_path, capsys, monkeypatch, request):
+    """Return a function that runs the tool on its arguments, with products in a fresh directory.
+
+    Options that a module of tests names ALWAYS are added to each run.
+    """
+    always = getattr(request.module, "ALWAYS", ())
     catalogs, build = [], source_extractor.build_catalog
 
     def keep_catalog(*arguments):
@@ -30,7 +34,7 @@ def run(tmp_path, capsys, monkeypatch):
     def run_tool(*arguments):
         directory = tmp_path / "products"
         catalogs.clear()
-        code = call(*arguments, "-o", directory)
+        code = call(*always, *arguments, "-o", directory)
         result = Run(code, *capsys.readouterr(), directory, *catalogs)
         assert "internal error" not in result.err
         return result

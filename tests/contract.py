@@ -38,12 +38,8 @@ DEFAULTS = {
     **{"thresh": 1.5, "err_option": "float_globalrms", "err_type": "stddev", "minarea": 5},
     **{"filter_case": "default", "filter_fwhm": 2.0, "filter_type": "matched"},
     **{"deblend_nthresh": 32, "deblend_cont": 0.005, "clean": True, "clean_param": 1.0},
-    **{
-        "zeropoint": 0.0,
-        "kron_factor": 2.5,
-        "kron_min_radius": 3.5,
-        "noise_correlation": "measured",
-    },
+    **{"zeropoint": 0.0, "kron_factor": 2.5, "kron_min_radius": 3.5},
+    "noise_correlation": "measured",
     **{"output_dir": Path("."), "verbose": False, "quiet": False},
     "threads": 1,
 }

@@ -1,7 +1,6 @@
 """Counts: the level of integers with little noise, and photons too sparse for any."""
 
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,15 +10,11 @@ from contract import one_line
 from same_as_sep import assert_same, direct
 from sky import grid_positions, simulate
 from sky import stars as star_table
-from truth import match
+from truth import INDEPENDENT, match
 
 SHAPE = (512, 512)
 
-
-@pytest.fixture
-def run(run):
-    """Return the function that runs the tool, with errors as if pixels were independent."""
-    return partial(run, "--noise-correlation", "none")
+ALWAYS = INDEPENDENT
 
 
 def gaussian(level, noise):

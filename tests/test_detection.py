@@ -2,7 +2,6 @@
 
 import math
 import re
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,12 +16,9 @@ from contract import SEP_FIELDS
 from same_as_sep import CUT, DEFAULT_KERNEL, assert_same, assert_subtracted, direct
 from sky import blobs, galaxies, random_sources, simulate, stars, vstack
 from source_extractor import make_kernel
+from truth import INDEPENDENT
 
-
-@pytest.fixture
-def run(run):
-    """Return the function that runs the tool, with errors as if pixels were independent."""
-    return partial(run, "--noise-correlation", "none")
+ALWAYS = INDEPENDENT
 
 
 @pytest.fixture(scope="module")

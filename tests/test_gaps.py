@@ -11,16 +11,13 @@ import source_extractor
 from common import rows_at
 from sky import galaxies, grid_positions, simulate, stars, vstack
 from source_extractor import bridge
+from truth import INDEPENDENT
 
 SHAPE = (240, 240)
 X, Y = grid_positions(SHAPE, 40, seed=3)
 BRIDGED = 256
 
-
-@pytest.fixture
-def run(run):
-    """Return the function that runs the tool, with errors as if pixels were independent."""
-    return partial(run, "--noise-correlation", "none")
+ALWAYS = INDEPENDENT
 
 
 def field(fwhm=3.0):

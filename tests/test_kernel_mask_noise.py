@@ -1,7 +1,6 @@
 """Mask, boxes, noise image and kernel: what they read, what they change, what they refuse."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,14 +10,11 @@ from astropy.io import fits
 from common import BLOCK, SHAPE, block
 from same_as_sep import DEFAULT_KERNEL, assert_same, direct
 from source_extractor import make_kernel
+from truth import INDEPENDENT
 
 FILE = "--err-option", "file", "--err-file"
 
-
-@pytest.fixture
-def run(run):
-    """Return the function that runs the tool, with errors as if pixels were independent."""
-    return partial(run, "--noise-correlation", "none")
+ALWAYS = INDEPENDENT
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Measuring on another image: detection from the one, photometry from the other."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import sep
@@ -10,12 +8,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from common import rows_at
 from contract import DETECTION
+from truth import INDEPENDENT
 
-
-@pytest.fixture
-def run(run):
-    """Return the function that runs the tool, with errors as if pixels were independent."""
-    return partial(run, "--noise-correlation", "none")
+ALWAYS = INDEPENDENT
 
 
 @pytest.mark.parametrize(

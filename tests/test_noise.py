@@ -1,6 +1,7 @@
 """Errors, depth and purity hold where the noise of neighbouring pixels is correlated."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,51 +12,24 @@ from numpy.testing import assert_allclose, assert_array_equal
 import sky
 import source_extractor
 from common import SKY, field_of
+from sky import stacked_noise, unit_noise
 from source_extractor import Noise, count_in_negative, find_sources, measure_noise
+from truth import INDEPENDENT, nearest, spread
 
 SIGMA = 10.0
 
 
-def white(shape, rng):
-    return rng.normal(size=shape)
-
-
-def smooth(fwhm):
-    """Return a function that makes white noise smoothed by a Gaussian, of unit variance."""
-
-    def make(shape, rng):
-        y, x = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
-        transfer = np.exp(-2 * (np.pi * fwhm / 2.3548) ** 2 * (x**2 + y**2))
-        noise = np.fft.irfft2(np.fft.rfft2(rng.normal(size=shape)) * transfer, shape)
-        return noise / noise.std()
-
-    return make
-
-
-def stacked(shape, rng):
-    """Return a stack of nine images, each shifted by parts of a pixel by linear interpolation."""
-    stack = np.zeros(shape)
-    for y, x in rng.random((9, 2)):
-        rows = rng.normal(size=(shape[0] + 1, shape[1] + 1))
-        rows = (1 - y) * rows[:-1] + y * rows[1:]
-        stack += (1 - x) * rows[:, :-1] + x * rows[:, 1:]
-    return stack / stack.std()
-
-
 def uneven(shape, rng):
     """Return a stack whose noise rises from left to right by a factor of 3."""
-    return stacked(shape, rng) * np.linspace(0.5, 1.5, shape[1])
+    return stacked_noise(shape, rng) * np.linspace(0.5, 1.5, shape[1])
 
 
 NOISES = {
-    **{"white": white, "FWHM 1.5": smooth(1.5), "FWHM 2": smooth(2), "FWHM 3": smooth(3)},
-    **{"stack": stacked, "uneven": uneven},
+    "white": unit_noise,
+    **{f"FWHM {fwhm}": partial(unit_noise, fwhm=fwhm) for fwhm in (1.5, 2, 3)},
+    "stack": stacked_noise,
+    "uneven": uneven,
 }
-
-
-def half_range(values):
-    low, high = np.nanpercentile(values, [16, 84])
-    return (high - low) / 2
 
 
 def sources(shape, seed):
@@ -77,9 +51,8 @@ def pulls(run, write, kind, *options, seed=1):
     noise = SIGMA * NOISES[kind](shape, np.random.default_rng(seed))
     image = write((100 + light + noise).astype(np.float32), f"{kind} {seed}.fits")
     found = run(image, "--aperture-diameters", 4, 10, *options).catalog
-    distance = np.hypot(*(np.subtract.outer(np.array(found[n]), np.array(truth[n])) for n in "xy"))
-    nearest = distance.argmin(axis=1)
-    found, nearest = found[distance.min(axis=1) < 2], nearest[distance.min(axis=1) < 2]
+    index, distance = nearest(found, truth)
+    found, there = found[distance < 2], truth[index[distance < 2]]
     x, y, a, b, theta, kron = found[["x", "y", "a", "b", "theta", "kron_radius"]].to_numpy().T
     true = sep.sum_ellipse(light, x, y, a, b, theta, kron, subpix=1)[0]
     result = {"snr": true / found["fluxerr_auto"]}
@@ -89,10 +62,10 @@ def pulls(run, write, kind, *options, seed=1):
         name = f"aper_{width}"
         result[name] = (found[f"flux_{name}"] - true) / found[f"fluxerr_{name}"]
     for n in "xy":
-        off = found[f"{n}win"] - np.array(truth[n])[nearest]
+        off = found[f"{n}win"] - np.array(there[n])
         # The error ellipse is nearly round.
         result[f"{n}win"] = off / np.sqrt((found["errawin"] ** 2 + found["errbwin"] ** 2) / 2)
-        result[n] = (found[n] - np.array(truth[n])[nearest]) / np.sqrt(found[f"err{n}2"])
+        result[n] = (found[n] - np.array(there[n])) / np.sqrt(found[f"err{n}2"])
     return {name: np.asarray(values) for name, values in result.items()}
 
 
@@ -101,14 +74,14 @@ BINS = [(4, 12), (12, 50), (50, 500)]
 
 @pytest.mark.parametrize("kind", NOISES)
 def test_errors_hold_whatever_the_noise(run, write, kind):
-    parts = [pulls(run, write, kind, seed=seed) for seed in (1, 2)]
+    parts = [pulls(run, write, kind, seed=seed) for seed in range(1, 7)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     for low, high in BINS:
         chosen = (found["snr"] > low) & (found["snr"] <= high)
         assert chosen.sum() > 60
         for name in ("auto", "aper_4", "aper_10", "xwin", "ywin"):
             values = found[name][chosen]
-            assert 0.75 < half_range(values) < 1.3, (name, low)
+            assert 0.75 < spread(values) < 1.3, (name, low)
             assert abs(np.nanmedian(values)) < 0.55, (name, low)
 
 
@@ -117,20 +90,20 @@ def test_errors_of_the_barycentre_are_off_as_in_white_noise(run, write):
     for kind in ("white", "FWHM 2", "stack"):
         found = pulls(run, write, kind)
         chosen = found["snr"] > 20
-        widths[kind] = np.mean([half_range(found[name][chosen]) for name in "xy"])
+        widths[kind] = np.mean([spread(found[name][chosen]) for name in "xy"])
     assert widths["FWHM 2"] == pytest.approx(widths["white"], rel=0.15)
     assert widths["stack"] == pytest.approx(widths["white"], rel=0.15)
 
 
 def test_the_errors_of_independent_pixels_are_far_too_small_there(run, write):
-    found = pulls(run, write, "FWHM 3", "--noise-correlation", "none")
-    assert half_range(found["auto"]) > 3
+    found = pulls(run, write, "FWHM 3", *INDEPENDENT)
+    assert spread(found["auto"]) > 3
 
 
 def test_ratios_are_those_of_the_autocorrelation():
     for fwhm in (0, 1.5, 2, 3):
-        make = smooth(fwhm) if fwhm else white
-        field = field_of((SIGMA * make((900, 900), np.random.default_rng(3))).astype(np.float32))
+        image = SIGMA * unit_noise((900, 900), np.random.default_rng(3), fwhm)
+        field = field_of(image.astype(np.float32))
         noise = measure_noise(field, find_sources(field))
         for radius in (2, 3, 5):
             # The variance of a sum is the sum of the autocorrelation between all pairs of pixels.
@@ -154,7 +127,7 @@ def test_beyond_the_largest_disc_the_ratio_goes_on_at_most_as_an_error_of_the_ba
 
 def test_only_the_part_of_the_sky_is_scaled(run, write):
     """The photons of bright sources are independent."""
-    noise = 3 * smooth(3)((400, 400), np.random.default_rng(5))
+    noise = 3 * unit_noise((400, 400), np.random.default_rng(5), 3)
     x, y = sky.grid_positions((400, 400), 80, seed=5)
     image = write((100 + noise + sky.light((400, 400), sky.stars(x, y, 1e6))).astype(np.float32))
     errors = {}
@@ -176,8 +149,10 @@ def test_a_measure_image_has_its_own_noise(run, write):
     x, y = sky.grid_positions((400, 400), 50, seed=6)
     light = sky.light((400, 400), sky.stars(x, y, 5000.0))
     rng = np.random.default_rng(6)
-    one = write((light + SIGMA * white((400, 400), rng)).astype(np.float32), "white.fits")
-    other = write((light + SIGMA * smooth(3)((400, 400), rng)).astype(np.float32), "smooth.fits")
+    one, other = (
+        write((light + SIGMA * unit_noise(light.shape, rng, fwhm)).astype(np.float32), name)
+        for fwhm, name in ((0, "white.fits"), (3, "smooth.fits"))
+    )
     ratios = []
     for image, measured in ((one, other), (other, one)):
         pair = image, "--measure-image", measured
@@ -203,7 +178,7 @@ def test_the_ratios_are_in_the_history_and_the_same_for_any_number_of_processes(
         assert [line for line in table if line.startswith("noise_ratio")] == lines[-1]
     assert lines[0] == lines[1]
     assert len(lines[0]) > 5
-    none = run(SKY, "--noise-correlation", "none")
+    none = run(SKY, *INDEPENDENT)
     assert "noise_ratio" not in str(fits.getheader(none.directory / "rms.fits")["HISTORY"])
 
 
@@ -217,7 +192,7 @@ def in_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", ["", "--err-option array_rms", "--err-option none --thresh 15"])
 def test_the_advised_threshold_is_four_sigma_of_the_filtered_image(run, write, options):
-    image = SIGMA * smooth(2)((600, 600), np.random.default_rng(8))
+    image = SIGMA * unit_noise((600, 600), np.random.default_rng(8), 2)
     path = write(image.astype(np.float32))
     pattern = r"detection +(\S+) sigma of the filtered image; --thresh (\S+) is 4 sigma"
     _, thresh = re.search(pattern, run(path, *options.split()).out).groups()
@@ -269,7 +244,7 @@ def test_false_sources_are_counted_in_pure_noise(kind):
 
 
 def test_large_images_are_searched_in_strips(monkeypatch):
-    image = (SIGMA * smooth(2)((800, 400), np.random.default_rng(2))).astype(np.float32)
+    image = (SIGMA * unit_noise((800, 400), np.random.default_rng(2), 2)).astype(np.float32)
     field = field_of(image, thresh=1.2)
     whole = count_in_negative(field, 0.6, 10**6)
     monkeypatch.setattr(source_extractor, "STRIP", 100_000)
@@ -280,7 +255,7 @@ def test_large_images_are_searched_in_strips(monkeypatch):
 
 
 def test_sources_of_noise_cost_a_warning_and_a_note_on_the_picture(run, write):
-    image = (SIGMA * smooth(3)((400, 400), np.random.default_rng(4))).astype(np.float32)
+    image = (SIGMA * unit_noise((400, 400), np.random.default_rng(4), 3)).astype(np.float32)
     result = run(write(image))
     number = len(result.catalog)
     warned = re.search(r"at least (\d+) of (\d+) sources are noise", result.err)
@@ -317,7 +292,7 @@ def test_purity_is_not_told_where_it_would_be_wrong(run, write, kind):
 def test_detection_snr_is_over_the_measured_noise(run, write, options):
     x, y = sky.grid_positions((600, 600), 60, seed=3)
     light = sky.light((600, 600), sky.stars(x, y, 3000.0, fwhm=4.0))
-    image = light + SIGMA * smooth(2)(light.shape, np.random.default_rng(3))
+    image = light + SIGMA * unit_noise(light.shape, np.random.default_rng(3), 2)
     result = run(write(image.astype(np.float32)), *options.split())
     threshold = float(re.search(r"detection +(\S+) sigma", result.out)[1])
     assert result.catalog["detection_snr"].min() >= 0.99 * threshold

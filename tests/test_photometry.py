@@ -1,7 +1,6 @@
 """Photometry: every number recomputed from the other products, from `sep`, or from the truth."""
 
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from common import extract, read_catalog, rows_at
 from sky import grid_positions, simulate, vstack
 from sky import stars as star_table
-from truth import nearest
+from truth import INDEPENDENT, nearest
 
 # Definitions: sums over the subtracted image, by numpy
 
@@ -26,11 +25,7 @@ NOISE_OPTIONS = {
     "file": ["--err-option", "file", "--thresh", 4],
 }
 
-
-@pytest.fixture
-def run(run):
-    """Return the function that runs the tool, with errors as if pixels were independent."""
-    return partial(run, "--noise-correlation", "none")
+ALWAYS = INDEPENDENT
 
 
 @pytest.fixture(scope="module", params=NOISE_OPTIONS)
@@ -44,7 +39,7 @@ def measured(request, tmp_path_factory, crowded):
     extract(
         *(image, "-o", directory, "--subtracted", subtracted),
         *("--catalog-fits", directory / "catalog.fits"),
-        *("--noise-correlation", "none"),
+        *INDEPENDENT,
         *("--zeropoint", ZEROPOINT, "--aperture-diameters", *DIAMETERS),
         *NOISE_OPTIONS[request.param],
         *("--err-file", file) * (request.param == "file"),

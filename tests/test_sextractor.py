@@ -6,11 +6,9 @@ from astropy.io import fits
 
 from compare_sextractor import COMPARED, LEAST_MATCHED, compare, run_sextractor, simulated
 from sextractor import PROGRAM
-from truth import run_tool
+from truth import INDEPENDENT, run_tool
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="SExtractor is not installed")
-
-INDEPENDENT = "--noise-correlation", "none"
 
 
 @pytest.mark.parametrize("pixels_per_source", [2500, 400])

@@ -25,7 +25,7 @@ from astropy.wcs import WCS
 
 import sextractor
 from sky import random_sources, simulate, tan_wcs
-from truth import match, row_of, run_tool
+from truth import INDEPENDENT, match, row_of, run_tool
 
 RADIUS = 0.5  # pixels
 LEAST_MATCHED = 0.99
@@ -122,8 +122,7 @@ def compare(one, other, snr=10):
 
 def report(name, image, header):
     """Print the row of one field; return if it is within the limits."""
-    options = "--aperture-diameters", APERTURE, "--noise-correlation", "none"
-    ours = run_tool(image, *options, header=header).catalog
+    ours = run_tool(image, "--aperture-diameters", APERTURE, *INDEPENDENT, header=header).catalog
     theirs = run_sextractor(image, header)
     shares, gaps = compare(ours, theirs)
     transposed = run_sextractor(np.ascontiguousarray(image.T)).rename(columns={"x": "y", "y": "x"})

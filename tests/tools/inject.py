@@ -8,16 +8,15 @@ ellipse, against what the injected star alone has there; and the completeness by
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import sep
-from astropy.io import fits
 
 import sky
 import source_extractor
+from truth import nearest, run_tool, spread
 
 AT_ONCE, BINS = 8, 8
 
@@ -44,33 +43,26 @@ def empty_places(segmentation, bad, distance, rng, number):
     return np.reshape(found, (-1, 2)).T
 
 
-def run(image, directory, *options):
-    """Run the tool; return its catalogue and its segmentation map."""
-    path = Path(directory, "image.fits")
-    fits.writeto(path, image, overwrite=True)
-    words = "-q", "--aperture-diameters", "6", "-o", directory
-    if source_extractor.main([str(path), *words, *options]):
-        raise SystemExit(1)
-    segmentation = fits.getdata(Path(directory, "segmentation.fits"))
-    return pd.read_csv(Path(directory, "catalog.tsv"), sep="\t"), segmentation
-
-
-def inject(image, directory, fwhm, number, options, seed=1):
+def inject(image, fwhm, number, options, seed=1):
     """Return a row for each injected star: its flux, and its pulls, nan if it wasn't found."""
     rng, rows = np.random.default_rng(seed), []
-    catalog, segmentation = run(image, directory, *options)
-    noise = catalog["fluxerr_aper_6"].median()
+    options = "--aperture-diameters", 6, *options
+    before = run_tool(image, *options)
+    segmentation, noise = before.images["segmentation"], before.catalog["fluxerr_aper_6"].median()
     while len(rows) < number:
         x, y = empty_places(segmentation, ~np.isfinite(image), 2 * fwhm + 4, rng, AT_ONCE)
         flux = noise * 10 ** rng.uniform(np.log10(2), 2.3, len(x))
-        light = sky.light(image.shape, sky.stars(x, y, flux, fwhm=fwhm))
-        found, _ = run((image + light).astype(image.dtype), directory, *options)
-        for star in zip(x, y, flux, strict=True):
-            distance = np.hypot(found["x"] - star[0], found["y"] - star[1])
-            if not len(found) or distance.min() > 2:
-                rows.append((star[2], np.nan, np.nan))
+        stars = sky.stars(x, y, flux, fwhm=fwhm)
+        light = sky.light(image.shape, stars)
+        found = run_tool((image + light).astype(image.dtype), *options).catalog
+        if not len(found):
+            rows += [(each, np.nan, np.nan) for each in flux]
+            continue
+        for each, at, distance in zip(flux, *nearest(stars, found), strict=True):
+            if distance > 2:
+                rows.append((each, np.nan, np.nan))
                 continue
-            row = found.loc[distance.idxmin()]
+            row = found.iloc[at]
             circle = sep.sum_circle(light, [row["x"]], [row["y"]], 3, subpix=0)[0][0]
             shape = [[row[name]] for name in ("x", "y", "a", "b", "theta", "kron_radius")]
             ellipse = sep.sum_ellipse(light, *shape, subpix=1)[0][0]
@@ -78,14 +70,8 @@ def inject(image, directory, fwhm, number, options, seed=1):
                 (row[f"flux_{kind}"] - true) / row[f"fluxerr_{kind}"]
                 for kind, true in (("aper_6", circle), ("auto", ellipse))
             ]
-            rows.append((star[2], *pulls))
+            rows.append((each, *pulls))
     return pd.DataFrame(rows, columns=["flux", "aper_6", "auto"])
-
-
-def scatter(pulls):
-    """Return half the range from the 16th to the 84th percentile."""
-    low, high = np.nanpercentile(pulls, [16, 84])
-    return (high - low) / 2
 
 
 def main():
@@ -97,11 +83,10 @@ def main():
     args, options = parser.parse_known_args()
     source_extractor.logging.disable()
     _, image = source_extractor.read_image(args.image, args.hdu)
-    with tempfile.TemporaryDirectory() as directory:
-        stars = inject(image, directory, args.fwhm, args.number, options)
+    stars = inject(image, args.fwhm, args.number, options)
     print(f"{args.image.name} {' '.join(options)}: {len(stars)} stars injected")
     for kind in ("aper_6", "auto"):
-        print(f"{kind:8} scatter {scatter(stars[kind]):.2f}, median {stars[kind].median():+.2f}")
+        print(f"{kind:8} scatter {spread(stars[kind]):.2f}, median {stars[kind].median():+.2f}")
     magnitude = -2.5 * np.log10(stars["flux"])
     for part in np.array_split(magnitude.sort_values().index, BINS):
         complete = stars.loc[part, "auto"].notna().mean()

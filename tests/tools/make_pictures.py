@@ -14,6 +14,8 @@ from PIL import Image
 from skimage.measure import label
 from skimage.segmentation import expand_labels, find_boundaries
 
+from sky import stacked_noise
+
 ROOT = Path(__file__).resolve().parents[2]
 HUBBLE, SKY = "hubble_deep_field.tiff", "sky.fits"
 
@@ -55,15 +57,11 @@ def noise_ratios(directory, image):
 def plot_noise(directory, path):
     """Plot the noise of empty apertures, for white noise and for a stack of shifted images."""
     rng, shape = np.random.default_rng(1), (1000, 1000)
-    stack = np.zeros(shape)
-    for y, x in rng.random((9, 2)):  # linear interpolation
-        rows = rng.normal(size=(shape[0] + 1, shape[1] + 1))
-        rows = (1 - y) * rows[:-1] + y * rows[1:]
-        stack += (1 - x) * rows[:, :-1] + x * rows[:, 1:]
+    noises = {"resampled": stacked_noise(shape, rng), "white": rng.normal(size=shape)}
     figure = Figure(figsize=(5, 3), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="radius of the aperture (pixels)", ylabel="noise / independent pixels")
-    for name, image in {"resampled": stack, "white": rng.normal(size=shape)}.items():
+    for name, image in noises.items():
         axes.plot(*noise_ratios(directory, image), "o-", label=name)
     axes.set(xlim=(0, 15), ylim=(0, None))
     axes.legend()

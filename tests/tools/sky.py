@@ -147,7 +147,7 @@ def simulate(
     image = light(shape, sources, **background)
     if gain is not None:
         image = (rng.poisson(np.maximum(image, 0) * gain) / gain).astype(np.float32)
-    image += noise * _unit_noise(shape, noise_fwhm, rng)
+    image += noise * unit_noise(shape, rng, noise_fwhm)
     truth = sources.copy()
     truth["r50"] = [_half_light_radius(*_gaussians(*row)) for row in _rows(sources, *PROFILE)]
     truth["ra"], truth["dec"] = (
@@ -254,8 +254,11 @@ def _span(centre, reach, size):
     return slice(start, min(max(floor(centre + reach) + 1, start), size))
 
 
-def _unit_noise(shape, fwhm, rng):
-    """Gaussian noise of variance 1, smoothed by a Gaussian of that FWHM, periodic at the edges."""
+def unit_noise(shape, rng, fwhm=0.0):
+    """Return Gaussian noise of variance 1, smoothed by a Gaussian of that FWHM.
+
+    It is periodic at the edges.
+    """
     noise = rng.standard_normal(shape, dtype=np.float32)
     if fwhm == 0:
         return noise
@@ -264,3 +267,13 @@ def _unit_noise(shape, fwhm, rng):
     transfer = np.exp(-2 * pi**2 * variance * square)
     smooth = np.fft.ifft2(np.fft.fft2(noise) * transfer).real
     return (smooth / np.sqrt(np.mean(transfer**2))).astype(np.float32)
+
+
+def stacked_noise(shape, rng):
+    """Return the noise, of variance 1, of nine images shifted by linear interpolation and added."""
+    stack = np.zeros(shape)
+    for y, x in rng.random((9, 2)):  # parts of a pixel
+        rows = rng.normal(size=(shape[0] + 1, shape[1] + 1))
+        rows = (1 - y) * rows[:-1] + y * rows[1:]
+        stack += (1 - x) * rows[:, :-1] + x * rows[:, 1:]
+    return stack / stack.std()

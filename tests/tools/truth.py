@@ -46,6 +46,7 @@ RADIUS = 1.5  # pixels within which a detection and a source are the same
 PULL_WIDTH = (0.8, 1.25)
 PINNED = "isolated Gaussian stars"
 FWHM = 3.0
+INDEPENDENT = "--noise-correlation", "none"  # for errors that are SExtractor's
 
 
 class Sky(NamedTuple):
