@@ -1785,11 +1785,12 @@ def close_pairs(x, y, reach):
 # ---------------------------------------------------------------------------------------------
 
 # Discs in empty sky.
+RADII = 1.42 ** np.arange(1, 10)  # pixels; a disc of radius 1 is a single pixel
 PLACES = 200_000  # random pixels that are tried as centres
 DISC_PIXELS = 300_000  # pixels to read for each radius; fewer for small ones
-MIN_DISCS = 100
-RADIUS_STEP = 1.42  # ratio of successive radii
 CLEARANCE = 4  # pixels around a disc that are neither masked nor detected
+MIN_DISCS = 100
+MIN_INDEPENDENT = 30  # discs for which there is room side by side
 
 WEAK = 5  # detections whose peak is below this many sigmas count as sky
 FIRST_PIXELS = 10_000  # pixels from which sigma is first estimated
@@ -1805,14 +1806,14 @@ class Noise:
     Neighbouring pixels of a resampled image are correlated, so that sums over them are noisier than
     those of independent ones. Undetected sources and an uneven background add to that. `areas`
     (pixels, ascending) and `ratios` describe discs in empty sky, as in Labbe et al. (2003), Gawiser
-    et al. (2006) and Whitaker et al. (2011). `sigma` is the standard deviation of the filtered
-    image, and `false` the number of sources in its negative, at the same threshold, nan if unknown.
+    et al. (2006) and Whitaker et al. (2011). All else is nan if there is too little empty sky.
     """
 
     areas: np.ndarray
     ratios: np.ndarray  # noise of the sum over a disc, relative to that of independent pixels
-    sigma: float  # in units of the threshold
-    false: float
+    sigma: float  # standard deviation of the filtered image, in units of the threshold
+    pixel: float  # standard deviation of a pixel, relative to the noise of the field
+    skewness: float  # of the pixels, 0 if it may be chance
 
     def ratio(self, area):
         """Return the ratios for apertures of these areas (pixels).
@@ -1830,72 +1831,88 @@ class Noise:
         return np.sqrt(error**2 + (self.ratio(area) ** 2 - 1) * sky**2)
 
 
-INDEPENDENT = Noise(np.ones(1), np.ones(1), math.nan, math.nan)  # scales no errors
+# Scales no errors.
+INDEPENDENT = Noise(np.ones(1), np.ones(1), math.nan, math.nan, math.nan)
 
 
 @timed("measure noise")
-def measure_noise(field, found, purity=True):
-    """Measure the `Noise` of the sky in a field, with the `Detections` found in it or another one.
+def measure_noise(field, segmentation, strong):
+    """Measure the `Noise` of a field in its empty sky.
 
-    Empty sky is where nothing is masked or stands out. Weak detections, which may be noise, are
-    part of it: without them its noise would be too low. False sources are counted for `purity`
-    only, as a measure image needs none.
+    This is where nothing is masked or belongs to a `strong` detection (see `stand_out`) of the
+    `segmentation` map (ny, nx). Weak detections, which may be noise, are part of it: without them
+    its noise would be too low.
     """
-    places = np.random.default_rng(0).integers(field.mask.size, size=PLACES)
-    places = places[~field.mask.take(places)]
-    sky = places[found.segmentation.take(places) == 0][:FIRST_PIXELS]
-    weak = WEAK * half_range(filter_few(field, sky)["significance"]) if len(sky) else math.inf
-    strong = peak_significance(field, found.objects) > weak
-    blocked = field.mask | np.append(False, strong)[found.segmentation]
-    areas, ratios, sky = measure_discs(field, blocked, places[~blocked.take(places)])
-    sigma, false = math.nan, math.nan
-    if len(sky):
-        pixels = filter_few(field, sky)
-        sigma = half_range(pixels["significance"]) or math.nan
-        if purity and abs(skewness(pixels["value"])) <= MAX_SKEWNESS:
-            false = count_in_negative(field, sigma, np.count_nonzero(~strong))
-    return Noise(areas, ratios, sigma, false)
+    blocked = field.mask | np.append(False, strong)[segmentation]
+    areas, ratios, sky = measure_discs(field, blocked)
+    result = replace(INDEPENDENT, areas=areas, ratios=ratios)
+    if not len(sky):
+        return result
+    pixels, at = filter_few(field, sky), np.divmod(sky, blocked.shape[1])
+    noise = np.broadcast_to(field.noise, blocked.shape)[at]
+    result = replace(result, pixel=half_range(pixels["value"] / noise))
+    if result.pixel < 0.1:  # most pixels have the same value
+        return result
+    skew = skewness(pixels["value"], result.pixel * noise)
+    independent = min(len(sky), np.count_nonzero(~blocked) / result.ratio(9 * math.pi) ** 2)
+    skew = skew if abs(skew) > 3 * math.sqrt(6 / independent) else 0.0
+    return replace(result, sigma=half_range(pixels["significance"]), skewness=skew)
 
 
-def measure_discs(field, blocked, places):
-    """Return areas and noise ratios of discs, see `Noise`, and the places of the smallest ones.
+def random_pixels(where):
+    """Return the flat indices of random pixels where an array (ny, nx) is True."""
+    rng, size = np.random.default_rng(0), where.size
+    # In large images few are drawn twice.
+    tried = rng.permutation(size) if size < 10 * PLACES else rng.integers(size, size=PLACES)
+    return tried[where.take(tried)][:PLACES]
 
-    The discs are at `places` (flat indices) that are clear of `blocked` pixels. A ratio is 1 unless
-    it is larger by 3 times its uncertainty.
+
+def stand_out(field, found):
+    """Return which of the `Detections` found in this field or another are no noise in this one.
+
+    These have their highest filtered pixel above 5 sigma, which noise hardly reaches.
     """
-    image, (y, x) = field.residual, np.divmod(places, blocked.shape[1])
-    sky, empty = places[:0], blocked.size - np.count_nonzero(blocked)
-    areas, ratios, radius = [1], [1.0], RADIUS_STEP  # a disc of radius 1 is one pixel
-    while np.any(field.noise):
+    sky = random_pixels(~field.mask & (found.segmentation == 0))[:FIRST_PIXELS]
+    if not len(sky):
+        return np.ones(len(found.objects), bool)
+    sigma = half_range(filter_few(field, sky)["significance"])
+    return peak_significance(field, found.objects) > WEAK * sigma
+
+
+def measure_discs(field, blocked):
+    """Return areas and noise ratios of discs, see `Noise`, and the centres of the smallest ones.
+
+    The discs are clear of `blocked` pixels (ny, nx). A ratio that isn't above 1 by 3 times its
+    uncertainty is no larger than that of the disc before.
+    """
+    centres = random_pixels(~blocked)
+    image, (y, x) = field.residual, np.divmod(centres, blocked.shape[1])
+    sky, empty = centres[:0], blocked.size - np.count_nonzero(blocked)
+    areas, ratios = [1], [1.0]
+    for radius in RADII if np.any(field.noise) else ():
         offsets = np.arange(-int(radius), int(radius) + 1)
         area = np.count_nonzero(np.hypot(offsets, offsets[:, np.newaxis]) <= radius)
         clear = radius + CLEARANCE
         x, y = (values[: int(DISC_PIXELS / (math.pi * clear * radius))] for values in (x, y))
         _, _, flag = sep.sum_circle(image, x, y, clear, mask=blocked, subpix=1)
         x, y = x[flag == 0], y[flag == 0]
+        independent = min(len(x), empty / area)
         sums, errors, _ = sep.sum_circle(image, x, y, radius, err=field.noise, subpix=1)
-        if len(x) < MIN_DISCS or not errors.all():
+        if len(x) < MIN_DISCS or independent < MIN_INDEPENDENT or not errors.all():
             break
         sky = sky if len(sky) else y * blocked.shape[1] + x
+        # 0.96 is for the half range of normal values. The noise map is known to some 1 %.
+        uncertainty = math.hypot(0.96 / math.sqrt(independent), 0.01)
         ratio = half_range(sums / errors)
-        # Overlapping discs are not independent; 0.96 is of the half range of normal values. The
-        # noise map is known to some 1 %.
-        uncertainty = math.hypot(0.96 / math.sqrt(min(len(x), empty / area)), 0.01)
+        limit = math.inf if ratio > 1 + 3 * uncertainty else ratios[-1]
         areas.append(area)
-        ratios.append(ratio if ratio > 1 + 3 * uncertainty else 1.0)
-        radius *= RADIUS_STEP
+        ratios.append(min(max(ratio, 1.0), limit))
     return np.array(areas), np.array(ratios), sky
 
 
-def skewness(values):
-    """Return the skewness of values, without those more than 5 sigma from the median.
-
-    It is infinite if sigma is 0, as when most values are equal.
-    """
+def skewness(values, sigma):
+    """Return the skewness of values, without those more than 5 sigma from the median."""
     values = values - np.median(values)
-    sigma = half_range(values)
-    if not sigma > 0:
-        return math.inf
     values = values[np.abs(values) < 5 * sigma]
     values -= values.mean()
     return np.mean(values**3) / np.mean(values**2) ** 1.5
@@ -1913,26 +1930,50 @@ def peak_significance(field, objects):
     return filter_few(field, where)["significance"]
 
 
-def count_in_negative(field, sigma, weak):
-    """Return how many sources the negative of a field has, not deblended and not cleaned.
+class FalseSources(NamedTuple):
+    """How many of the sources are noise, nan if unknown, and a doubt about it, "" if none."""
 
-    In a large image they are counted in four strips of rows, and their number is scaled. Returns
-    nan if there are more than twice as many as normal noise of this `sigma` makes, if each pixel
-    were independent, or than the number of `weak` detections: these are artefacts, or dark where
-    the light of sources was taken for background.
+    number: float
+    doubt: str
+
+
+@timed("count false sources")
+def count_false(field, found, strong, noise):
+    """Return the `FalseSources` among the `Detections`: as many as the negative of the field has.
+
+    These aren't deblended. If they are more than twice as many as normal noise makes, if each
+    pixel were independent, or as the detections that aren't `strong`, they are something else.
     """
+    if math.isnan(noise.sigma):
+        return FalseSources(math.nan, "the noise was not measured")
+    if abs(noise.skewness) > MAX_SKEWNESS:
+        bright = "bright values, as by few photons or many faint sources"
+        dark = "dark values, as where light was taken for background"
+        text = f"the sky is skewed to {bright if noise.skewness > 0 else dark}"
+        return FalseSources(math.nan, text)
     extraction = replace(field.method.extraction, deblend_nthresh=1)
+    count, weak = count_in_negative(field, extraction), np.count_nonzero(~strong)
+    normal = field.mask.size * math.erfc(extraction.thresh / noise.sigma / math.sqrt(2)) / 2
+    if count > 3 + 2 * min(normal, weak):
+        text = f"the negative of the image has {count:.0f} sources, more than uniform noise makes"
+        return FalseSources(count, text)
+    # Strong sources leave less room for noise in the image than in its negative.
+    room = 1 - found.objects["npix"][strong].sum() / np.count_nonzero(~field.mask)
+    return FalseSources(min(count * room, weak), "")
+
+
+def count_in_negative(field, extraction):
+    """Return how many sources the negative of a field has with these settings.
+
+    In a large image they are counted in four strips of rows, and their number is scaled.
+    """
     method, (ny, nx), count = replace(field.method, extraction=extraction), field.mask.shape, 0
     number = 1 if field.mask.size <= 2 * STRIP else 4
     rows = ny if number == 1 else math.ceil(STRIP / number / nx)
     for top in np.linspace(0, ny - rows, number, dtype=int):
         strip = field.rows(top, top + rows)
-        negative = np.where(strip.mask, 0, -strip.residual)
-        _, labels = extract(replace(strip, residual=negative, method=method))
-        count += np.count_nonzero(np.unique(labels[~strip.mask]))
-    count *= ny / (number * rows)
-    noise = field.mask.size * math.erfc(extraction.thresh / sigma / math.sqrt(2)) / 2
-    return min(count, weak) if count <= 3 + 2 * min(noise, weak) else math.nan
+        count += len(find_sources(replace(strip, residual=-strip.residual, method=method)).objects)
+    return count * ny / (number * rows)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2010,12 +2051,14 @@ def background_at(field, x, y):
 def scale_position_errors(found, noise, gain):
     """Return the `Detections` with errors of (x, y) for this `Noise` of the sky.
 
-    The part of the source's own photons, such as x2 / (gain flux), stays as it is.
+    The sources' own photons, with x2 / (gain flux) and y2 / (gain flux), are not scaled.
     """
     objects, extra = found.objects.copy(), noise.ratio(found.objects["npix"]) ** 2 - 1
-    for name in ("x2", "y2", "xy"):
-        photons = objects[name] / (objects["cflux"] * (gain or np.inf))
-        objects[f"err{name}"] += extra * (objects[f"err{name}"] - photons)
+    photons = (objects["x2"] + objects["y2"]) / (objects["cflux"] * (gain or np.inf))
+    total = objects["errx2"] + objects["erry2"]
+    sky = np.maximum(total - photons, 0) / np.where(total > 0, total, 1)  # a mask may cut cflux
+    for name in ("errx2", "erry2", "errxy"):
+        objects[name] *= 1 + extra * sky
     return found._replace(objects=objects)
 
 
@@ -2339,7 +2382,7 @@ class Result:
     found: Detections
     catalog: "DataFrame"
     columns: tuple[Column, ...]  # of the catalogue, with their units
-    noise: Noise
+    false: FalseSources
     seeds: np.ndarray | None  # see `seed_map`, if they are a product
     warning: str  # the most important one, for the picture
     settings: list[str]  # lines for the history of the products
@@ -2564,8 +2607,8 @@ def show_sources(axes, result, room=0):
     greys = ScalarMappable(stretch(picture[least_masked]), "gray")
     show_image(axes, greys.to_rgba(picture, bytes=True), field.mask.shape)
     title = f"{len(objects)} source{'s' if len(objects) != 1 else ''}"
-    if result.noise.false >= 0.5:
-        title += f", at least {result.noise.false:.0f} of them noise"
+    if result.false.number >= 0.5 and not result.false.doubt:
+        title += f", about {result.false.number:.0f} of them noise"
     if masked.any():
         title += "\nmasked pixels in blue"
         # The opacity is proportional to the masked part of a block.
@@ -2915,6 +2958,14 @@ def noise_advice(field):
     return "the noise image is low where the image is noisy: is --err-type right for this file?"
 
 
+def noise_unit_advice(field, noise):
+    """Warn of a noise image that is far from the `Noise` of the sky."""
+    if field.method.err_option != "file" or not abs(math.log(noise.pixel or 1)) > math.log(1.6):
+        return None
+    text = "is it in the unit of the image, and is --err-type right for it?"
+    return f"the noise of the sky is {noise.pixel:.2g} times that of the noise image: {text}"
+
+
 def dark_advice(field, padding):
     """Warn if far more pixels are below minus the threshold than above it, without padding."""
     limit = field.method.extraction.thresh / field.depth()
@@ -2944,13 +2995,16 @@ def linear_advice(origin, mask):
     return None
 
 
-def purity_advice(noise, found):
-    """Warn if more than a fifth of the sources are noise."""
+def purity_advice(false, found):
+    """Warn if more than a fifth of the sources are, or may be, noise."""
     number = len(found.objects)
-    if not noise.false > 0.2 * number:
+    if not false.number > 0.2 * number:
         return None
+    if false.doubt:
+        text = "the noise differs between parts, or light was taken for background"
+        return f"{false.doubt}, and the image {number}: {text}"
     text = "sources are noise: the negative of the image has as many; raise the threshold"
-    return f"at least {noise.false:.0f} of {number} {text}"
+    return f"about {false.number:.0f} of {number} {text}"
 
 
 def no_sources_advice(field, found):
@@ -3252,13 +3306,16 @@ def run(args, warned):
                 raise InputError(counts)
             found = find_sources(field, args.threads)
             seeds = seed_map(found.segmentation) if args.seeds else None
-            sky_noise = flux_noise = measure_noise(field, found)
+            strong = stand_out(field, found)
+            sky_noise = flux_noise = measure_noise(field, found.segmentation, strong)
+            false = count_false(field, found, strong, sky_noise)
             data = padding_advice(origin, padding, values), counts, mask_advice(field)
             linear = linear_advice(origin, excluded) or dark_advice(field, padding)
-            warn(DATA_WARNING, *data, linear, noise_advice(field), no_sources_advice(field, found))
+            of_noise = noise_advice(field) or noise_unit_advice(field, sky_noise)
+            warn(DATA_WARNING, *data, linear, of_noise, no_sources_advice(field, found))
             warn(BACKGROUND_WARNING, boxes_advice(field, found))
             warn(logging.WARNING, depth_advice(field), seeds_advice(found, seeds))
-            warn(logging.WARNING, purity_advice(sky_noise, found))
+            warn(logging.WARNING, purity_advice(false, found))
         if args.measure_image:
             with about(measure_origin.name):
                 excluded = build_mask(measure_pixels, mask, None, args.mask_box)
@@ -3268,9 +3325,11 @@ def run(args, warned):
                 measure_field = subtract_background(
                     measure_pixels, excluded, None, measure_method, level, args.threads
                 )
-            flux_noise = measure_noise(measure_field, found, purity=False)
+            strong |= stand_out(measure_field, found)
+            flux_noise = measure_noise(measure_field, found.segmentation, strong)
         found = flag_pixels(found, field, measure_field)
-        lines += describe_noise(sky_noise, field)
+        lines += describe_noise(flux_noise, args.noise_correlation)
+        lines += describe_detection(field, sky_noise, false, found)
         if args.noise_correlation == "none":
             flux_noise = INDEPENDENT
         else:
@@ -3289,7 +3348,7 @@ def run(args, warned):
             found=found,
             catalog=catalog,
             columns=name_units(columns, origin.unit, measure_origin.unit),
-            noise=sky_noise,
+            false=false,
             seeds=seeds,
             warning=messages[0] if messages else "",
             settings=describe_settings(args, origin, flux_noise),
@@ -3374,19 +3433,27 @@ def describe_field(field):
     ]
 
 
-def describe_noise(noise, field):
-    """Return lines on the noise of the sky, the depth of the detection, and false sources."""
-    ratio, thresh = noise.ratio(9 * math.pi), field.method.extraction.thresh / noise.sigma
-    lines = [f"noise         {ratio:.2f} times that of independent pixels at a radius of 3"]
+def describe_noise(noise, correlation):
+    """Return a line on the noise of apertures, and whether it is in the errors."""
+    ratio = noise.ratio(9 * math.pi)
+    text = f"{ratio:.2f} times that of independent pixels in an aperture of radius 3"
     if len(noise.areas) == 1:
-        text = "too little empty sky, or no noise; errors are those of independent pixels"
-        lines = [f"noise         not measured: {text}"]
-    if math.isfinite(thresh):
+        text, correlation = "not measured: there is too little empty sky, or no noise", "none"
+    if correlation == "none":
+        text += "; errors are those of independent pixels"
+    return [f"noise         {text}"]
+
+
+def describe_detection(field, noise, false, found):
+    """Return lines on the depth of the detection, and on false sources."""
+    thresh, number, lines = field.method.extraction.thresh, len(found.objects), []
+    if math.isfinite(noise.sigma):
         deep = 4 * noise.sigma * (field.frame.scale if field.method.err_option == "none" else 1)
-        text = f"{thresh:.2f} sigma of the filtered image; --thresh {deep:.3g} is 4 sigma"
-        lines.append(f"detection     {text}")
-    if noise.false >= 0.5:
-        lines.append(f"purity        at least {noise.false:.0f} of the sources are noise")
+        depth = f"{thresh / noise.sigma:.3g} sigma of the filtered image"
+        lines.append(f"detection     {depth}; --thresh {deep:.3g} is 4 sigma")
+    if number:
+        text = f"about {false.number:.0f} of {number} sources are noise"
+        lines.append(f"purity        {f'unknown: {false.doubt}' if false.doubt else text}")
     return lines
 
 
@@ -3397,15 +3464,16 @@ def describe_depth(noise, field, catalog, settings):
     fwhm, half_light = compact["fwhm"].median(), compact["flux_radius"].median()
     if len(compact) < 3 or not fwhm > 0:
         return []
+    size = f"FWHM {fwhm:.2f}, half-light radius {half_light:.2f} pixels"
+    lines = [f"seeing        {size}: medians of {len(compact)} compact sources"]
     area = math.pi * fwhm**2
     pixel = np.median(sample(np.broadcast_to(field.noise, field.mask.shape), field.mask))
     flux = 5 * field.frame.differences(float(pixel) * math.sqrt(area) * noise.ratio(area))
-    magnitude, width = settings.zeropoint - 2.5 * math.log10(flux), 2 * fwhm
-    size = f"FWHM {fwhm:.2f}, half-light radius {half_light:.2f} pixels"
-    return [
-        f"seeing        {size}, of {len(compact)} compact sources",
-        f"depth         5 sigma in {width:.1f} pixels: flux {flux:.4g}, magnitude {magnitude:.2f}",
-    ]
+    if flux > 0:
+        text = f"magnitude {settings.zeropoint - 2.5 * math.log10(flux):.2f}"
+        where = f"in a circle {2 * fwhm:.3g} pixels wide"
+        lines.append(f"depth         5 sigma {where}: flux {flux:.4g}, {text}")
+    return lines
 
 
 def report(found, messages, lines, targets):

@@ -253,7 +253,7 @@ def test_the_report_tells_what_was_read_found_and_written(run, write, stars):
     assert numbers(lines[4])[0] == pytest.approx(1.5 * background.globalrms, rel=1e-5)
     names = "background.fits, rms.fits, segmentation.fits, sources.png, catalog.tsv"
     assert re.fullmatch(f"written +{names}", lines[-1])
-    first = "sources image masked background threshold noise detection seeing depth written"
+    first = "sources image masked background threshold noise detection purity seeing depth written"
     assert [line.split()[0] for line in lines] == first.split()
     told = verbose.out.splitlines()
     stages = [line for line in told if re.fullmatch(r"[a-z_ ]+ +\d+\.\d\d s", line)]

@@ -13,7 +13,17 @@ import sky
 import source_extractor
 from common import SKY, field_of
 from sky import stacked_noise, unit_noise
-from source_extractor import Noise, count_in_negative, find_sources, measure_noise
+from source_extractor import (
+    INDEPENDENT as NOISE,
+)
+from source_extractor import (
+    count_false,
+    count_in_negative,
+    find_sources,
+    measure_noise,
+    replace,
+    stand_out,
+)
 from truth import INDEPENDENT, nearest, spread
 
 SIGMA = 10.0
@@ -100,11 +110,19 @@ def test_the_errors_of_independent_pixels_are_far_too_small_there(run, write):
     assert spread(found["auto"]) > 3
 
 
+def noise_of(field):
+    """Return the noise of a field, the number of its sources that are counted as noise, and all."""
+    found = find_sources(field)
+    strong = stand_out(field, found)
+    noise = measure_noise(field, found.segmentation, strong)
+    return noise, count_false(field, found, strong, noise).number
+
+
 def test_ratios_are_those_of_the_autocorrelation():
     for fwhm in (0, 1.5, 2, 3):
         image = SIGMA * unit_noise((900, 900), np.random.default_rng(3), fwhm)
         field = field_of(image.astype(np.float32))
-        noise = measure_noise(field, find_sources(field))
+        noise, _ = noise_of(field)
         for radius in (2, 3, 5):
             # The variance of a sum is the sum of the autocorrelation between all pairs of pixels.
             disc = np.hypot(*np.mgrid[-radius : radius + 1, -radius : radius + 1]) <= radius
@@ -118,10 +136,11 @@ def test_ratios_are_those_of_the_autocorrelation():
 
 
 def test_beyond_the_largest_disc_the_ratio_goes_on_at_most_as_an_error_of_the_background():
-    noise = Noise(np.array([1.0, 10, 20, 40]), np.array([1.0, 1, 3, 9]), 1.0, 0.0)
+    areas = np.array([1.0, 10, 20, 40])
+    noise = replace(NOISE, areas=areas, ratios=np.array([1.0, 1, 3, 9]))
     assert noise.ratio(160) == pytest.approx(18)
     assert noise.ratio(0.1) == 1
-    flat = Noise(np.array([1.0, 10, 20, 40]), np.array([1.0, 2, 2, 1]), 1.0, 0.0)
+    flat = replace(NOISE, areas=areas, ratios=np.array([1.0, 2, 2, 1]))
     assert flat.ratio(1e6) == 1
 
 
@@ -168,6 +187,64 @@ def test_a_measure_image_has_its_own_noise(run, write):
     assert correlated_position > 5
 
 
+def test_a_measure_image_has_its_own_noise_without_the_sources_that_are_known(run, write):
+    """Sources that are faint in the measure image, but not in the other, aren't sky."""
+    x, y = sky.grid_positions((400, 400), 25, seed=7)
+    light = sky.light((400, 400), sky.stars(x, y, 10_000.0))
+    noise = SIGMA * np.random.default_rng(7).normal(size=light.shape)
+    bright, faint = (
+        write((scale * light + noise).astype(np.float32), f"{scale}.fits") for scale in (1, 0.02)
+    )
+    errors = run(bright, "--measure-image", faint).catalog["fluxerr_auto"]
+    plain = run(bright, "--measure-image", faint, *INDEPENDENT).catalog["fluxerr_auto"]
+    assert np.median(errors / plain) == pytest.approx(1, abs=0.1)
+
+
+def test_the_ratio_does_not_fall_where_there_is_room_for_few_discs():
+    ratios = []
+    for seed in range(10):
+        image = SIGMA * unit_noise((100, 100), np.random.default_rng(seed), 4)
+        noise, _ = noise_of(field_of(image.astype(np.float32)))
+        ratios.append(noise.ratio(np.array([30, 100, 300, 1000])))
+    # A Gaussian of FWHM 4 has 4 pi sigma^2 = 36 pixels that share their noise.
+    assert_allclose(np.median(ratios, axis=0)[1:], 6, rtol=0.3)
+    assert np.min(ratios) > 2.5
+
+
+def test_a_tiny_image_has_too_little_sky():
+    image = SIGMA * np.random.default_rng(1).normal(size=(16, 16))
+    noise, false = noise_of(field_of(image.astype(np.float32)))
+    assert_array_equal(noise.ratios, 1)
+    assert np.isnan([noise.sigma, false]).all()
+
+
+def test_errors_of_positions_are_positive_where_a_mask_cuts_a_bright_source(run, write):
+    """The flux that is left is less than the photons of the whole."""
+    shape = (300, 300)
+    x, y = sky.grid_positions(shape, 60, seed=1)
+    light = sky.light(shape, sky.stars(x, y, 2e4))
+    image = 100 + light + 2 * unit_noise(shape, np.random.default_rng(3), 3)
+    cut = np.zeros(shape, np.uint8)
+    for column, row in np.rint([x, y]).astype(int).T:
+        cut[row : row + 9, column - 9 : column + 10] = 1
+    pair = write(image.astype(np.float32)), "--mask", write(cut, "mask.fits")
+    ours, plain = (
+        run(*pair, "--gain", 0.05, "--noise-correlation", kind).catalog
+        for kind in ("measured", "none")
+    )
+    assert (ours["errx2"] >= plain["errx2"]).all()
+    assert (ours["erry2"] >= plain["erry2"]).all()
+
+
+def test_a_noise_image_that_is_far_off_costs_a_warning(run, write):
+    image = write((SIGMA * np.random.default_rng(4).normal(size=(300, 300))).astype(np.float32))
+    for noise, warned in ((SIGMA / 2, "2"), (SIGMA**2, "0.1"), (1.2 * SIGMA, None)):
+        noise_image = write(np.full((300, 300), noise, np.float32), f"{noise}.fits")
+        err = run(image, "--err-option", "file", "--err-file", noise_image, "--thresh", 4).err
+        told = re.search(r"the noise of the sky is (\S+) times that of the noise image", err)
+        assert (told and told[1]) == warned
+
+
 def test_the_ratios_are_in_the_history_and_the_same_for_any_number_of_processes(run):
     lines = []
     for threads in (1, 2):
@@ -212,13 +289,14 @@ def test_seeing_and_depth_are_those_of_the_stars(run, write):
     image = light + np.random.default_rng(9).normal(50, SIGMA, light.shape)
     out = run(write(image.astype(np.float32)), "--zeropoint", 25).out
     fwhm, half_light, number = re.search(
-        r"seeing +FWHM (\S+), half-light radius (\S+) pixels, of (\d+) compact", out
+        r"seeing +FWHM (\S+), half-light radius (\S+) pixels: medians of (\d+) compact", out
     ).groups()
     assert float(fwhm) == pytest.approx(4, rel=0.1)
     assert float(half_light) == pytest.approx(2, rel=0.1)
     assert int(number) == len(x)
     width, flux, magnitude = map(
-        float, re.search(r"5 sigma in (\S+) pixels: flux (\S+), magnitude (\S+)", out).groups()
+        float,
+        re.search(r"in a circle (\S+) pixels wide: flux (\S+), magnitude (\S+)", out).groups(),
     )
     assert width == pytest.approx(2 * float(fwhm), abs=0.1)
     assert flux == pytest.approx(5 * SIGMA * np.sqrt(np.pi * (width / 2) ** 2), rel=0.05)
@@ -234,11 +312,10 @@ def test_false_sources_are_counted_in_pure_noise(kind):
     for seed in range(10):
         image = SIGMA * NOISES[kind]((700, 700), np.random.default_rng(seed))
         field = field_of(image.astype(np.float32))
-        sigma = measure_noise(field, find_sources(field)).sigma
+        sigma = noise_of(field)[0].sigma
         field = field_of(image.astype(np.float32), thresh=2.6 * sigma)
-        detections = find_sources(field)
-        found += len(detections.objects)
-        told += measure_noise(field, detections).false
+        found += len(find_sources(field).objects)
+        told += noise_of(field)[1]
     assert found > 200
     assert 1 / 1.5 < told / found < 1.5
 
@@ -246,9 +323,9 @@ def test_false_sources_are_counted_in_pure_noise(kind):
 def test_large_images_are_searched_in_strips(monkeypatch):
     image = (SIGMA * unit_noise((800, 400), np.random.default_rng(2), 2)).astype(np.float32)
     field = field_of(image, thresh=1.2)
-    whole = count_in_negative(field, 0.6, 10**6)
+    whole = count_in_negative(field, field.method.extraction)
     monkeypatch.setattr(source_extractor, "STRIP", 100_000)
-    parts = count_in_negative(field, 0.6, 10**6)
+    parts = count_in_negative(field, field.method.extraction)
     assert whole > 500
     assert parts != whole
     assert parts == pytest.approx(whole, rel=0.15)
@@ -258,28 +335,71 @@ def test_sources_of_noise_cost_a_warning_and_a_note_on_the_picture(run, write):
     image = (SIGMA * unit_noise((400, 400), np.random.default_rng(4), 3)).astype(np.float32)
     result = run(write(image))
     number = len(result.catalog)
-    warned = re.search(r"at least (\d+) of (\d+) sources are noise", result.err)
+    warned = re.search(r"about (\d+) of (\d+) sources are noise", result.err)
     assert int(warned[2]) == number
     assert int(warned[1]) > 0.8 * number
-    assert f"at least {warned[1]} of the sources are noise" in result.out
+    assert f"purity        about {warned[1]} of {number} sources are noise" in result.out
     x, y = sky.grid_positions(image.shape, 50, seed=4)
     stars = sky.light(image.shape, sky.stars(x, y, 30_000.0))
     clean = run(write((image + stars).astype(np.float32), "stars.fits"), "--thresh", 4.5)
     assert "noise:" not in clean.err
-    assert "purity" not in clean.out
+    assert f"purity        about 0 of {len(clean.catalog)} sources" in clean.out
 
 
-@pytest.mark.parametrize("kind", ["photons", "hole"])
-def test_purity_is_not_told_where_it_would_be_wrong(run, write, kind):
-    rng = np.random.default_rng(7)
-    if kind == "photons":
-        image = rng.poisson(2.0, (400, 400))
-    else:  # dark where light was taken for background
-        image = SIGMA * rng.normal(size=(400, 400))
-        y, x = np.indices(image.shape)
-        for at in range(30, 400, 40):
-            image -= 60 * np.exp(-((x - at) ** 2 + (y - 200) ** 2) / 18)
-    assert "purity" not in run(write(image.astype(np.float32)), "--thresh", 1.8).out
+def test_purity_is_unknown_where_the_sky_is_skewed(run, write):
+    photons = np.random.default_rng(7).poisson(2.0, (400, 400)).astype(np.float32)
+    result = run(write(photons), "--thresh", 1)
+    assert len(result.catalog) > 15
+    assert "purity        unknown: the sky is skewed to bright values" in result.out
+    assert "noise" not in result.err
+
+
+def test_purity_is_unknown_where_sources_have_dark_rings(run, write):
+    """As where their light was taken for background."""
+    image = SIGMA * np.random.default_rng(7).normal(size=(600, 600))
+    x, y = sky.grid_positions(image.shape, 100, seed=7)
+    image += sky.light(image.shape, sky.stars(x, y, 20_000.0, fwhm=4))
+    image -= sky.light(image.shape, sky.stars(x + 12, y, 3000.0, fwhm=4))
+    result = run(write(image.astype(np.float32)), "--thresh", 1.8)
+    doubt = f"the negative of the image has {len(x)} sources, more than uniform noise makes"
+    assert f"purity        unknown: {doubt}" in result.out
+    assert f"{doubt}, and the image {len(x)}: " in result.err
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_noise_that_differs_between_parts_costs_a_warning(run, write, step):
+    image = SIGMA * np.random.default_rng(2).normal(size=(1000, 1000))
+    image[:, 500:] *= step
+    result = run(write(image.astype(np.float32)), "--thresh", 1.2)
+    told = re.search(r"negative of the image has (\d+) sources, .* and the image (\d+)", result.err)
+    assert int(told[2]) == len(result.catalog) > 50
+    assert int(told[1]) == pytest.approx(len(result.catalog), rel=0.3)
+    assert "purity        unknown: the negative of the image has" in result.out
+
+
+def test_chance_does_not_make_a_small_image_skewed(run, write):
+    told = 0
+    for seed in range(10):
+        image = SIGMA * unit_noise((100, 100), np.random.default_rng(seed), 4)
+        told += "sources are noise" in run(write(image.astype(np.float32), f"{seed}.fits")).err
+    assert told >= 9
+
+
+def test_a_sky_without_noise_has_no_depth(run, write):
+    shape = (300, 300)
+    x, y = sky.grid_positions(shape, 60, seed=1)
+    image = write(sky.light(shape, sky.stars(x, y, 1000.0)).astype(np.float32))
+    result = run(image, "--err-option", "none", "--thresh", 5, "--gain", 1)
+    assert result.code == 0
+    assert len(result.catalog) == len(x)
+
+
+def test_pixels_of_mostly_one_value_have_no_sigma(run, write):
+    image = np.random.default_rng(1).poisson(0.01, (500, 500)).astype(np.float32)
+    result = run(write(image))
+    assert "detection" not in result.out
+    assert result.catalog["detection_snr"].isna().all()
+    assert "purity        unknown: the noise was not measured" in result.out
 
 
 # Detection S/N
@@ -313,6 +433,7 @@ def test_without_empty_sky_the_noise_is_told_as_not_measured(run, write):
     noise = np.random.default_rng(1).normal(size=x.shape)
     result = run(write((crowd + noise).astype(np.float32)))
     assert len(result.catalog) > 500
-    assert "noise         not measured: too little empty sky" in result.out
+    assert "noise         not measured: there is too little empty sky" in result.out
+    assert "purity        unknown: the noise was not measured" in result.out
     assert result.catalog["detection_snr"].isna().all()
     assert (result.catalog["fluxerr_auto"] > 0).all()

@@ -51,6 +51,8 @@ def inject(image, fwhm, number, options, seed=1):
     segmentation, noise = before.images["segmentation"], before.catalog["fluxerr_aper_6"].median()
     while len(rows) < number:
         x, y = empty_places(segmentation, ~np.isfinite(image), 2 * fwhm + 4, rng, AT_ONCE)
+        if not len(x):
+            raise SystemExit("there is no empty place for a star")
         flux = noise * 10 ** rng.uniform(np.log10(2), 2.3, len(x))
         stars = sky.stars(x, y, flux, fwhm=fwhm)
         light = sky.light(image.shape, stars)
