@@ -1318,9 +1318,7 @@ def filter_noise(noise, mask, method):
     for rows in row_slices(noise.shape, 16 * CHUNK):
         some = slice(max(rows.start - half, 0), rows.stop + half)
         variance = np.where(mask[some], np.nan, noise[some].astype(np.float64)) ** 2
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # for pixels that have only masked neighbours
+        with warnings.catch_warnings(action="ignore"):  # pixels with only masked neighbours
             mean = convolve(variance, weights, boundary="fill", fill_value=np.nan)
         filtered[rows] = np.sqrt(mean[rows.start - some.start :][: len(filtered[rows])])
     return np.nan_to_num(filtered, nan=NO_WEIGHT, copy=False)
@@ -1785,17 +1783,17 @@ def close_pairs(x, y, reach):
 # ---------------------------------------------------------------------------------------------
 
 # Discs in empty sky.
-RADII = 1.42 ** np.arange(1, 10)  # pixels; a disc of radius 1 is a single pixel
-PLACES = 200_000  # random pixels that are tried as centres
-DISC_PIXELS = 300_000  # pixels to read for each radius; fewer for small ones
+RADII = 1.42 ** np.arange(1, 10)  # pixels; SEP's disc of radius 1 is a single pixel
+PLACES = 50_000  # random pixels that are tried as centres
+DISC_PIXELS = 300_000  # limits the number of discs of a radius
 CLEARANCE = 4  # pixels around a disc that are neither masked nor detected
 MIN_DISCS = 100
-MIN_INDEPENDENT = 30  # discs for which there is room side by side
+MIN_INDEPENDENT = 30  # discs that fit side by side into the empty sky
 
 WEAK = 5  # detections whose peak is below this many sigmas count as sky
 FIRST_PIXELS = 10_000  # pixels from which sigma is first estimated
 
-STRIP = 2**21  # pixels of an image in whose negative false detections are counted
+STRIPS, STRIP_PIXELS = 16, 2**17  # where sources of the negative of a large image are counted
 MAX_SKEWNESS = 0.08  # of the sky; the negative of noise with 0.1 has 4 times too few detections
 
 
@@ -1811,6 +1809,7 @@ class Noise:
 
     areas: np.ndarray
     ratios: np.ndarray  # noise of the sum over a disc, relative to that of independent pixels
+    empty: float  # part of the pixels around which a smallest disc is clear
     sigma: float  # standard deviation of the filtered image, in units of the threshold
     pixel: float  # standard deviation of a pixel, relative to the noise of the field
     skewness: float  # of the pixels, 0 if it may be chance
@@ -1818,45 +1817,44 @@ class Noise:
     def ratio(self, area):
         """Return the ratios for apertures of these areas (pixels).
 
-        Beyond the largest disc it grows on as in the last two steps, at most with the root of the
-        area, as the error of a wrong background does.
+        Beyond the largest disc they are extrapolated with the slope of the last two steps, at most
+        with the root of the area, as for a background that is off.
         """
         x, y = np.log(self.areas), np.log(self.ratios)
         slope = np.clip((y[-1] - y[-3:][0]) / max(x[-1] - x[-3:][0], 1), 0, 0.5)
         at = np.log(np.maximum(area, 1))
         return np.exp(np.interp(at, x, y) + slope * np.maximum(at - x[-1], 0))
 
-    def scaled(self, error, sky, area):
-        """Return the errors of sums over `area` pixels, of which `sky` is the part of the sky."""
-        return np.sqrt(error**2 + (self.ratio(area) ** 2 - 1) * sky**2)
 
-
-# Scales no errors.
-INDEPENDENT = Noise(np.ones(1), np.ones(1), math.nan, math.nan, math.nan)
+# Pixels share no noise: errors stay as they are.
+INDEPENDENT = Noise(np.ones(1), np.ones(1), 0.0, math.nan, math.nan, math.nan)
 
 
 @timed("measure noise")
 def measure_noise(field, segmentation, strong):
     """Measure the `Noise` of a field in its empty sky.
 
-    This is where nothing is masked or belongs to a `strong` detection (see `stand_out`) of the
+    This is where nothing is masked or belongs to a `strong` detection (see `are_strong`) of the
     `segmentation` map (ny, nx). Weak detections, which may be noise, are part of it: without them
     its noise would be too low.
     """
+    from pandas import Series
+
     blocked = field.mask | np.append(False, strong)[segmentation]
-    areas, ratios, sky = measure_discs(field, blocked)
-    result = replace(INDEPENDENT, areas=areas, ratios=ratios)
+    areas, ratios, empty, sky = measure_discs(field, blocked)
     if not len(sky):
-        return result
-    pixels, at = filter_few(field, sky), np.divmod(sky, blocked.shape[1])
-    noise = np.broadcast_to(field.noise, blocked.shape)[at]
-    result = replace(result, pixel=half_range(pixels["value"] / noise))
-    if result.pixel < 0.1:  # most pixels have the same value
-        return result
-    skew = skewness(pixels["value"], result.pixel * noise)
-    independent = min(len(sky), np.count_nonzero(~blocked) / result.ratio(9 * math.pi) ** 2)
-    skew = skew if abs(skew) > 3 * math.sqrt(6 / independent) else 0.0
-    return replace(result, sigma=half_range(pixels["significance"]), skewness=skew)
+        return INDEPENDENT
+    pixels = filter_sky(field, sky)
+    values = pixels.value / np.broadcast_to(field.noise, blocked.shape)[pixels.y, pixels.x]
+    pixel = half_range(values)
+    noise = Noise(areas, ratios, empty, half_range(pixels.significance), pixel, 0.0)
+    if half_range(pixels.value) < global_rms(field.background) / 10:  # most have the same value
+        return replace(noise, sigma=math.nan)
+    skewness = Series(values[np.abs(values - np.median(values)) < 5 * pixel]).skew()
+    # The noise of ratio^2 pixels is shared. The standard error is that of normal values.
+    independent = min(len(sky), np.count_nonzero(~blocked) / noise.ratio(9 * math.pi) ** 2)
+    by_chance = abs(skewness) < 3 * math.sqrt(6 / independent)
+    return noise if by_chance else replace(noise, skewness=skewness)
 
 
 def random_pixels(where):
@@ -1867,7 +1865,7 @@ def random_pixels(where):
     return tried[where.take(tried)][:PLACES]
 
 
-def stand_out(field, found):
+def are_strong(field, found):
     """Return which of the `Detections` found in this field or another are no noise in this one.
 
     These have their highest filtered pixel above 5 sigma, which noise hardly reaches.
@@ -1875,50 +1873,44 @@ def stand_out(field, found):
     sky = random_pixels(~field.mask & (found.segmentation == 0))[:FIRST_PIXELS]
     if not len(sky):
         return np.ones(len(found.objects), bool)
-    sigma = half_range(filter_few(field, sky)["significance"])
+    sigma = half_range(filter_sky(field, sky).significance)
     return peak_significance(field, found.objects) > WEAK * sigma
 
 
 def measure_discs(field, blocked):
-    """Return areas and noise ratios of discs, see `Noise`, and the centres of the smallest ones.
+    """Return `areas`, `ratios` and `empty` of `Noise`, and the centres of the smallest discs.
 
     The discs are clear of `blocked` pixels (ny, nx). A ratio that isn't above 1 by 3 times its
-    uncertainty is no larger than that of the disc before.
+    uncertainty is no larger than that of the disc before, so that those of white noise are 1.
     """
-    centres = random_pixels(~blocked)
-    image, (y, x) = field.residual, np.divmod(centres, blocked.shape[1])
-    sky, empty = centres[:0], blocked.size - np.count_nonzero(blocked)
-    areas, ratios = [1], [1.0]
-    for radius in RADII if np.any(field.noise) else ():
+
+    def disc_sums(centres, radius, **keywords):
+        y, x = np.divmod(centres, blocked.shape[1])
+        return sep.sum_circle(field.residual, x, y, radius, subpix=1, **keywords)
+
+    centres, unblocked = random_pixels(~field.mask), blocked.size - np.count_nonzero(blocked)
+    flag = disc_sums(centres, RADII[0] + CLEARANCE, mask=blocked)[2]
+    empty = np.mean((flag & sep.APER_HASMASKED) == 0)
+    centres, sky, areas, ratios = centres[flag == 0], centres[:0], [1], [1.0]
+    for radius in RADII:
+        centres = centres[: int(DISC_PIXELS / (math.pi * radius * (radius + CLEARANCE)))]
+        centres = centres[disc_sums(centres, radius + CLEARANCE, mask=blocked)[2] == 0]
+        sums, errors, _ = disc_sums(centres, radius, err=field.noise)
         offsets = np.arange(-int(radius), int(radius) + 1)
         area = np.count_nonzero(np.hypot(offsets, offsets[:, np.newaxis]) <= radius)
-        clear = radius + CLEARANCE
-        x, y = (values[: int(DISC_PIXELS / (math.pi * clear * radius))] for values in (x, y))
-        _, _, flag = sep.sum_circle(image, x, y, clear, mask=blocked, subpix=1)
-        x, y = x[flag == 0], y[flag == 0]
-        independent = min(len(x), empty / area)
-        sums, errors, _ = sep.sum_circle(image, x, y, radius, err=field.noise, subpix=1)
-        if len(x) < MIN_DISCS or independent < MIN_INDEPENDENT or not errors.all():
+        independent = min(len(centres), unblocked / area)
+        if len(centres) < MIN_DISCS or independent < MIN_INDEPENDENT or not errors.all():
             break
-        sky = sky if len(sky) else y * blocked.shape[1] + x
+        sky = sky if len(sky) else centres
         # 0.96 is for the half range of normal values. The noise map is known to some 1 %.
         uncertainty = math.hypot(0.96 / math.sqrt(independent), 0.01)
-        ratio = half_range(sums / errors)
-        limit = math.inf if ratio > 1 + 3 * uncertainty else ratios[-1]
+        ratio = max(half_range(sums / errors), 1.0)
         areas.append(area)
-        ratios.append(min(max(ratio, 1.0), limit))
-    return np.array(areas), np.array(ratios), sky
+        ratios.append(ratio if ratio > 1 + 3 * uncertainty else min(ratio, ratios[-1]))
+    return np.array(areas), np.array(ratios), empty, sky
 
 
-def skewness(values, sigma):
-    """Return the skewness of values, without those more than 5 sigma from the median."""
-    values = values - np.median(values)
-    values = values[np.abs(values) < 5 * sigma]
-    values -= values.mean()
-    return np.mean(values**3) / np.mean(values**2) ** 1.5
-
-
-def filter_few(field, where):
+def filter_sky(field, where):
     """Return pixels at flat indices `where`, as `filter_pixels` does, with masked ones as 0."""
     with replaced(field.residual, field.mask, 0):
         return filter_pixels(field, where, np.zeros_like(where))
@@ -1927,11 +1919,11 @@ def filter_few(field, where):
 def peak_significance(field, objects):
     """Return what is compared with `thresh` at the highest filtered pixel of each object."""
     where = objects["ycpeak"] * field.mask.shape[1] + objects["xcpeak"]
-    return filter_few(field, where)["significance"]
+    return filter_sky(field, where).significance
 
 
 class FalseSources(NamedTuple):
-    """How many of the sources are noise, nan if unknown, and a doubt about it, "" if none."""
+    """About how many of the sources are noise, nan if unknown, and a doubt about it, or ""."""
 
     number: float
     doubt: str
@@ -1941,39 +1933,40 @@ class FalseSources(NamedTuple):
 def count_false(field, found, strong, noise):
     """Return the `FalseSources` among the `Detections`: as many as the negative of the field has.
 
-    These aren't deblended. If they are more than twice as many as normal noise makes, if each
-    pixel were independent, or as the detections that aren't `strong`, they are something else.
+    These aren't deblended, and are counted only for the empty sky, as strong sources hide noise.
+    If there are over twice as many as independent normal pixels would exceed the threshold, or as
+    there are weak detections, noise doesn't explain them.
     """
     if math.isnan(noise.sigma):
-        return FalseSources(math.nan, "the noise was not measured")
-    if abs(noise.skewness) > MAX_SKEWNESS:
-        bright = "bright values, as by few photons or many faint sources"
-        dark = "dark values, as where light was taken for background"
-        text = f"the sky is skewed to {bright if noise.skewness > 0 else dark}"
-        return FalseSources(math.nan, text)
-    extraction = replace(field.method.extraction, deblend_nthresh=1)
-    count, weak = count_in_negative(field, extraction), np.count_nonzero(~strong)
-    normal = field.mask.size * math.erfc(extraction.thresh / noise.sigma / math.sqrt(2)) / 2
-    if count > 3 + 2 * min(normal, weak):
-        text = f"the negative of the image has {count:.0f} sources, more than uniform noise makes"
-        return FalseSources(count, text)
-    # Strong sources leave less room for noise in the image than in its negative.
-    room = 1 - found.objects["npix"][strong].sum() / np.count_nonzero(~field.mask)
-    return FalseSources(min(count * room, weak), "")
+        return FalseSources(math.nan, "there is too little empty sky, or no noise")
+    count, weak = noise.empty * count_in_negative(field), np.count_nonzero(~strong)
+    sigmas = field.method.extraction.thresh / noise.sigma
+    white = np.count_nonzero(~field.mask) * math.erfc(sigmas / math.sqrt(2)) / 2
+    doubt = ""
+    if count > 3 + 2 * min(white, weak):
+        doubt = f"the negative of the image has {count:.0f}, more than uniform noise makes"
+    elif abs(noise.skewness) > MAX_SKEWNESS:
+        values = "bright" if noise.skewness > 0 else "dark"
+        doubt = (
+            f"the negative of the image has {count:.0f}, but the sky is skewed to {values} values"
+        )
+    return FalseSources(count if doubt else min(count, weak), doubt)
 
 
-def count_in_negative(field, extraction):
-    """Return how many sources the negative of a field has with these settings.
+def count_in_negative(field):
+    """Return how many sources the negative of a field has, if none are deblended.
 
-    In a large image they are counted in four strips of rows, and their number is scaled.
+    In a large image they are counted in strips of rows, and their number is scaled.
     """
-    method, (ny, nx), count = replace(field.method, extraction=extraction), field.mask.shape, 0
-    number = 1 if field.mask.size <= 2 * STRIP else 4
-    rows = ny if number == 1 else math.ceil(STRIP / number / nx)
-    for top in np.linspace(0, ny - rows, number, dtype=int):
-        strip = field.rows(top, top + rows)
-        count += len(find_sources(replace(strip, residual=-strip.residual, method=method)).objects)
-    return count * ny / (number * rows)
+    extraction, (ny, nx) = replace(field.method.extraction, deblend_nthresh=1), field.mask.shape
+    method, rows = replace(field.method, extraction=extraction), math.ceil(STRIP_PIXELS / nx)
+    if ny < 2 * STRIPS * rows:
+        strips = [field]
+    else:
+        strips = [field.rows(top, top + rows) for top in range(ny // STRIPS // 2, ny, ny // STRIPS)]
+    strips = [replace(each, residual=-each.residual, method=method) for each in strips]
+    count = sum(len(find_sources(strip).objects) for strip in strips)
+    return count * ny / sum(len(strip.mask) for strip in strips)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2051,12 +2044,13 @@ def background_at(field, x, y):
 def scale_position_errors(found, noise, gain):
     """Return the `Detections` with errors of (x, y) for this `Noise` of the sky.
 
-    The sources' own photons, with x2 / (gain flux) and y2 / (gain flux), are not scaled.
+    The variance by the source's own photons, x2 / (gain cflux) in x, is not scaled.
     """
     objects, extra = found.objects.copy(), noise.ratio(found.objects["npix"]) ** 2 - 1
     photons = (objects["x2"] + objects["y2"]) / (objects["cflux"] * (gain or np.inf))
     total = objects["errx2"] + objects["erry2"]
-    sky = np.maximum(total - photons, 0) / np.where(total > 0, total, 1)  # a mask may cut cflux
+    # A mask may have cut cflux, so that the photons seem to make more than the total.
+    sky = np.maximum(total - photons, 0) / np.where(total > 0, total, 1)
     for name in ("errx2", "erry2", "errxy"):
         objects[name] *= 1 + extra * sky
     return found._replace(objects=objects)
@@ -2107,11 +2101,10 @@ def aperture_sums(field, noise, sum_in, area, *shapes, **keywords):
     `area` (pixels) is that of the apertures, for the part of the sky in their errors. Fluxes and
     errors are nan if no pixel was summed.
     """
-    gain, keywords = field.method.extraction.gain, {"err": field.noise, **keywords}
-    flux, error, flag = sum_in(field.residual, *shapes, gain=gain, **keywords)
+    flux, error, flag = sum_in(field.residual, *shapes, err=field.noise, **keywords)
     empty = (error == 0) & np.any(field.noise)
-    sky = sum_in(field.residual, *shapes, **keywords)[1] if gain else error
-    error = noise.scaled(error, sky, area)
+    photons = np.maximum(flux, 0) / (field.method.extraction.gain or np.inf)
+    error = np.sqrt((noise.ratio(area) * error) ** 2 + photons)
     flux[empty], error[empty] = np.nan, np.nan
     flag[empty] |= sep.APER_ALLMASKED
     return flux, error, flag
@@ -2842,10 +2835,10 @@ def padding_advice(origin, padding, values):
     )
 
 
-def depth_advice(field):
+def depth_advice(field, noise):
     """Warn of a matched filter that detects fainter sources than the threshold suggests."""
     depth, thresh = field.depth(), field.method.extraction.thresh
-    if depth == 1:
+    if depth == 1 or thresh > 3.5 * noise.sigma:
         return None
     return (
         f"with noise for each pixel the matched filter goes {depth:.2f} times deeper: --thresh "
@@ -2959,11 +2952,14 @@ def noise_advice(field):
 
 
 def noise_unit_advice(field, noise):
-    """Warn of a noise image that is far from the `Noise` of the sky."""
-    if field.method.err_option != "file" or not abs(math.log(noise.pixel or 1)) > math.log(1.6):
-        return None
-    text = "is it in the unit of the image, and is --err-type right for it?"
-    return f"the noise of the sky is {noise.pixel:.2g} times that of the noise image: {text}"
+    """Warn if the noise that was used is far from the `Noise` of the sky."""
+    if field.method.err_option == "file" and (noise.pixel < 0.6 or noise.pixel > 1.6):
+        text = "is it in the unit of the image, and is --err-type right for it?"
+        return f"the noise of the sky is {noise.pixel:.2g} times that of the noise image: {text}"
+    if 0.1 < noise.pixel < 0.5:
+        text = "if the background varies within its boxes, take smaller ones (--bw, --bh)"
+        return f"the noise of empty sky is only {noise.pixel:.2g} times the RMS: {text}"
+    return None
 
 
 def dark_advice(field, padding):
@@ -2998,11 +2994,11 @@ def linear_advice(origin, mask):
 def purity_advice(false, found):
     """Warn if more than a fifth of the sources are, or may be, noise."""
     number = len(found.objects)
-    if not false.number > 0.2 * number:
+    if not false.number > 0.2 * number > 0:
         return None
     if false.doubt:
-        text = "the noise differs between parts, or light was taken for background"
-        return f"{false.doubt}, and the image {number}: {text}"
+        text = "--err-option array_rms, --background-passes 2, or a higher threshold may help"
+        return f"some of the {number} sources may be noise: {false.doubt}; {text}"
     text = "sources are noise: the negative of the image has as many; raise the threshold"
     return f"about {false.number:.0f} of {number} {text}"
 
@@ -3306,7 +3302,7 @@ def run(args, warned):
                 raise InputError(counts)
             found = find_sources(field, args.threads)
             seeds = seed_map(found.segmentation) if args.seeds else None
-            strong = stand_out(field, found)
+            strong = are_strong(field, found)
             sky_noise = flux_noise = measure_noise(field, found.segmentation, strong)
             false = count_false(field, found, strong, sky_noise)
             data = padding_advice(origin, padding, values), counts, mask_advice(field)
@@ -3314,8 +3310,8 @@ def run(args, warned):
             of_noise = noise_advice(field) or noise_unit_advice(field, sky_noise)
             warn(DATA_WARNING, *data, linear, of_noise, no_sources_advice(field, found))
             warn(BACKGROUND_WARNING, boxes_advice(field, found))
-            warn(logging.WARNING, depth_advice(field), seeds_advice(found, seeds))
-            warn(logging.WARNING, purity_advice(false, found))
+            warn(logging.WARNING, purity_advice(false, found), depth_advice(field, sky_noise))
+            warn(logging.WARNING, seeds_advice(found, seeds))
         if args.measure_image:
             with about(measure_origin.name):
                 excluded = build_mask(measure_pixels, mask, None, args.mask_box)
@@ -3325,7 +3321,7 @@ def run(args, warned):
                 measure_field = subtract_background(
                     measure_pixels, excluded, None, measure_method, level, args.threads
                 )
-            strong |= stand_out(measure_field, found)
+            strong = strong | are_strong(measure_field, found)
             flux_noise = measure_noise(measure_field, found.segmentation, strong)
         found = flag_pixels(found, field, measure_field)
         lines += describe_noise(flux_noise, args.noise_correlation)
@@ -3381,7 +3377,7 @@ def subtract_background(pixels, mask, noise, method, saturation, threads):
 def describe_settings(args, origin, noise):
     """Return a line for each option that affects the results, and for each disc of the `Noise`.
 
-    Files are named without directories. Discs are left out if they scale no errors.
+    Files are named without directories.
     """
     left_out = {"output_dir", "image_format", "form", "verbose", "quiet", "threads", *PRODUCTS}
     options = vars(args) | {"hdu": origin.hdu}
@@ -3390,9 +3386,7 @@ def describe_settings(args, origin, noise):
         for name, value in options.items()
         if name not in left_out and value not in (None, [], ())
     ]
-    if args.noise_correlation == "none":
-        return lines
-    for area, ratio in zip(noise.areas, noise.ratios, strict=True):
+    for area, ratio in zip(noise.areas[1:], noise.ratios[1:], strict=True):
         lines.append(f"noise_ratio at radius {math.sqrt(area / math.pi):.3g} = {ratio:.3g}")
     return lines
 
@@ -3424,9 +3418,8 @@ def describe_field(field):
     note = ""
     if field.method.err_option == "file":
         low = low_weight(field.noise, field.mask)[~field.mask].mean()
-        note = (
-            f"; {100 * low:.1f} % of the pixels, of low weight, are left out" if low > 0.001 else ""
-        )
+        if low > 0.001:
+            note = f"; {100 * low:.1f} % of the pixels, of low weight, are left out"
     return [
         f"background    {field.level():.6g}, rms {rms:.6g}{note}",
         f"threshold     {thresh:.6g} ({'absolute' if absolute else f'{times:.4g} x {unit}'})",
