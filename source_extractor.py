@@ -132,7 +132,7 @@ class BackgroundSettings:
 class ExtractionSettings:
     """Keywords of `sep.extract`; `clean` and `clean_param` are used by `find_sources` instead."""
 
-    thresh: float = 1.5
+    thresh: float = 1.5  # nan until `choose_threshold`
     gain: float | None = None
     minarea: int = 5
     filter_type: str = "matched"
@@ -1186,11 +1186,16 @@ class Field:
     method: Method
     frame: Frame
 
-    def rows(self, first, last):
-        """Return the field cut to some rows; only background and saturated pixels stay whole."""
+    def rows(self, which):
+        """Return some rows (slice or indices); only background and saturated pixels stay whole."""
         names = "residual", "excluded", "mask", "noise", "filtered_noise"
         arrays = {name: getattr(self, name) for name in names}
-        return replace(self, **{k: v[first:last] for k, v in arrays.items() if np.ndim(v)})
+        return replace(self, **{k: v[which] for k, v in arrays.items() if np.ndim(v)})
+
+    def with_extraction(self, **settings):
+        """Return the field with some other `ExtractionSettings`."""
+        extraction = replace(self.method.extraction, **settings)
+        return replace(self, method=replace(self.method, extraction=extraction))
 
     def level(self):
         """Return the global level of the background in image values."""
@@ -1576,7 +1581,7 @@ def settle_objects(field, objects, labels, batch):
     rim = 1 if field.method.kernel is None else len(field.method.kernel) // 2 + 1
     top = max(objects["ymin"].min(initial=len(labels)) - rim, 0)
     end = objects["ymax"].max(initial=0) + rim + 1
-    band, labels = field.rows(top, end), labels[top:end]
+    band, labels = field.rows(np.s_[top:end]), labels[top:end]
     where = np.flatnonzero((labels > batch.start) & (labels <= batch.start + len(objects)))
     where = where[np.argsort(labels.take(where), kind="stable")]
     owner = labels.take(where) - (batch.start + 1)
@@ -1793,7 +1798,13 @@ MIN_INDEPENDENT = 30  # discs that fit side by side into the empty sky
 WEAK = 5  # detections whose peak is below this many sigmas count as sky
 FIRST_PIXELS = 10_000  # pixels from which sigma is first estimated
 
-STRIPS, STRIP_PIXELS = 16, 2**17  # where sources of the negative of a large image are counted
+STRIPS, STRIP_PIXELS = 16, 2**17  # where sources of a large image and its negative are counted
+
+LEVELS = np.linspace(2.3, 4.2, 5)  # thresholds to try, in sigmas of the filtered image
+FEW, SAFE_LEVEL = 100, 3.2  # with fewer sources the threshold is at least so many sigmas
+VERY_SKEWED = 0.4  # the least skewness at which the negative says nothing about noise
+FIRST_PASS = 3.75  # sigmas above which sources are masked for the second background pass
+
 MAX_SKEWNESS = 0.08  # of the sky; the negative of noise with 0.1 has 4 times too few detections
 
 
@@ -1939,7 +1950,7 @@ def count_false(field, found, strong, noise):
     """
     if math.isnan(noise.sigma):
         return FalseSources(math.nan, "there is too little empty sky, or no noise")
-    count, weak = noise.empty * count_in_negative(field), np.count_nonzero(~strong)
+    count, weak = noise.empty * count_sources(field, -1), np.count_nonzero(~strong)
     sigmas = field.method.extraction.thresh / noise.sigma
     white = np.count_nonzero(~field.mask) * math.erfc(sigmas / math.sqrt(2)) / 2
     doubt = ""
@@ -1953,20 +1964,84 @@ def count_false(field, found, strong, noise):
     return FalseSources(count if doubt else min(count, weak), doubt)
 
 
-def count_in_negative(field):
-    """Return how many sources the negative of a field has, if none are deblended.
+def count_sources(field, sign):
+    """Return how many sources a field (`sign` 1) or its negative (-1) has, if none are deblended.
 
-    In a large image they are counted in strips of rows, and their number is scaled.
+    In a large image they are counted in strips of rows, put together, and their number is scaled.
     """
-    extraction, (ny, nx) = replace(field.method.extraction, deblend_nthresh=1), field.mask.shape
-    method, rows = replace(field.method, extraction=extraction), math.ceil(STRIP_PIXELS / nx)
-    if ny < 2 * STRIPS * rows:
-        strips = [field]
-    else:
-        strips = [field.rows(top, top + rows) for top in range(ny // STRIPS // 2, ny, ny // STRIPS)]
-    strips = [replace(each, residual=-each.residual, method=method) for each in strips]
-    count = sum(len(find_sources(strip).objects) for strip in strips)
-    return count * ny / sum(len(strip.mask) for strip in strips)
+    ny, nx = field.mask.shape
+    rows = math.ceil(STRIP_PIXELS / nx)
+    if ny >= 2 * STRIPS * rows:
+        tops = np.linspace(0, ny, STRIPS, endpoint=False, dtype=int) + ny // STRIPS // 2
+        field = field.rows(np.add.outer(tops, np.arange(rows)).ravel())
+    field = replace(field.with_extraction(deblend_nthresh=1), residual=sign * field.residual)
+    return len(find_sources(field).objects) * ny / len(field.mask)
+
+
+def sigma_below(field):
+    """Estimate the standard deviation of the filtered image, before its sources are known.
+
+    It is taken below the median, without bright pixels, which are clipped.
+    """
+    values = filter_sky(field, random_pixels(~field.mask)[:FIRST_PIXELS]).significance
+    for _ in range(6):
+        low, middle = np.percentile(values, [16, 50])
+        values = values[~(values > middle + 3 * (middle - low))]  # also nan, if there is no noise
+    return float(middle - low)
+
+
+def lowest_pure_level(field, sigma, empty, purity):
+    """Return the lowest threshold (in `sigma`) with this purity, and how many sources it finds.
+
+    Noise makes as many sources as the negative of the image has in the `empty` part of it. The
+    logarithm of their number is close to a straight line in the square of the threshold, as for
+    normal noise; a fit to all `LEVELS` is more stable than each count. Returns the highest level
+    if none is pure enough. Sources aren't deblended.
+    """
+    fields = [field.with_extraction(thresh=level * sigma) for level in LEVELS]
+    some, false = (np.array([count_sources(each, s) for each in fields]) + 0.5 for s in (1, -1))
+    log_false = np.polynomial.Polynomial.fit(LEVELS**2, np.log(false), 1, w=np.sqrt(false))
+    levels = np.linspace(LEVELS[0], LEVELS[-1], 191)
+    counts = np.interp(levels, LEVELS, some)
+    pure = empty * np.exp(log_false(levels**2)) <= (1 - purity) * counts
+    best = np.argmax(pure) if pure.any() else -1
+    return levels[best], counts[best]
+
+
+@timed("choose threshold")
+def choose_threshold(field, purity):
+    """Return the field with the lowest threshold at which `purity` is the fraction of real sources.
+
+    Also returns a line for the report. Raises InputError if the sky has no noise.
+    """
+    sigma = sigma_below(field)
+    if not sigma > 0:
+        if field.residual[~field.mask].any():
+            raise InputError("the sky has no noise: give a number instead of --thresh auto")
+        return field.with_extraction(thresh=ExtractionSettings.thresh), "auto          no noise"
+    bright = field.with_extraction(thresh=4 * sigma, deblend_nthresh=1)
+    found = find_sources(bright)
+    noise = measure_noise(bright, found.segmentation, are_strong(bright, found))
+    sigma = sigma if math.isnan(noise.sigma) else noise.sigma
+    level, count = lowest_pure_level(field, sigma, noise.empty, purity)
+    note = ""
+    if math.isnan(noise.sigma):
+        level, note = SAFE_LEVEL, f"; {SAFE_LEVEL} sigma, as there is too little empty sky"
+    elif abs(noise.skewness) > VERY_SKEWED:
+        level, note = max(level, SAFE_LEVEL), f"; at least {SAFE_LEVEL} sigma"
+        log.warning("bright and dark noise differ much: check the threshold (--thresh)")
+    elif count < FEW and level < SAFE_LEVEL:
+        level, note = SAFE_LEVEL, f"; {SAFE_LEVEL} sigma, the least for fewer than {FEW} sources"
+    elif level in LEVELS[[0, -1]]:
+        note = (
+            f"; {level:g} sigma, the {'lowest' if level < SAFE_LEVEL else 'highest'} that is tried"
+        )
+    if abs(noise.skewness) > MAX_SKEWNESS:
+        note += "; bright and dark noise differ, so that the purity is uncertain"
+    unit = field.frame.scale if field.method.err_option == "none" else 1
+    thresh = float(f"{level * sigma * unit:.4g}")
+    line = f"auto          --thresh {thresh:g} for a purity of {purity:g}{note}"
+    return field.with_extraction(thresh=thresh / unit), line
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3035,6 +3110,11 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, above=-math.inf, odd=Fa
     return convert
 
 
+def level_or_auto(text):
+    """Return a threshold, or "auto"; an argparse type."""
+    return text if text == "auto" else number(float, above=0)(text)
+
+
 def words_of(path):
     """Return a function that replaces options in a text by section and label in a form (XML).
 
@@ -3086,6 +3166,10 @@ EXAMPLES = """examples:
 """
 
 
+# What --auto sets, unless it is given. It was chosen on simulated skies: see docs/validation.md.
+AUTO = {"background_passes": 2, "filter_case": "gaussian", "deblend_cont": 1e-4, "thresh": "auto"}
+
+
 def option_of(name):
     """Return the option for the name of an attribute of the parsed arguments."""
     return "--" + name.replace("_", "-")
@@ -3117,7 +3201,7 @@ def build_parser():
     parser.set_defaults(maskthresh=0.0, mask_box=[], blank=[], bridge=Method.bridge)
     parser.set_defaults(background_passes=1, err_option="float_globalrms", err_type="stddev")
     parser.set_defaults(filter_case="default", filter_fwhm=2.0, output_dir=Path("."), threads=1)
-    parser.set_defaults(noise_correlation="measured")
+    parser.set_defaults(noise_correlation="measured", purity=0.97)
     parser.add_argument("image", metavar="IMAGE", type=Path, help="FITS or TIFF image")
     real, positive = number(float), partial(number, float, above=0)
 
@@ -3150,9 +3234,14 @@ def build_parser():
     text = "2: mask the sources, then estimate the background again"
     add("--background-passes", (1, 2), text)
 
-    add = partial(add_option, parser.add_argument_group("detection"))
-    text = "threshold in units of the noise; in image units with --err-option none"
-    add("--thresh", positive(), text, "LEVEL")
+    group = parser.add_argument_group("detection")
+    add = partial(add_option, group)
+    text = "find faint sources: sets " + " ".join(f"{option_of(n)} {v}" for n, v in AUTO.items())
+    group.add_argument("--auto", action="store_true", default=None, help=text)
+    text = "in units of the noise, in image units with --err-option none; auto: see --purity"
+    add("--thresh", level_or_auto, text, "LEVEL")
+    text = "for --thresh auto: fraction of sources that are not noise (but may be fragments)"
+    add("--purity", number(float, 0.5, 0.999), text, "PART")
     noises = ("float_globalrms", "array_rms", "none", "file")
     add("--err-option", noises, "global RMS, RMS map, none (absolute threshold), or --err-file")
     add("--err-file", Path, "noise image for --err-option file")
@@ -3267,6 +3356,8 @@ def run(args, warned):
         kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
         for kind in (BackgroundSettings, ExtractionSettings, PhotometrySettings)
     )
+    if extraction.thresh == "auto":
+        extraction = replace(extraction, thresh=math.nan)
     kernel = make_kernel(args.filter_case, args.filter_fwhm, args.filter_file)
     method = Method(kernel, args.err_option, args.background_passes, mesh, extraction, args.bridge)
     origin, pixels = read_image(args.image, args.hdu, args.plane, args.blank, args.allow_product)
@@ -3296,7 +3387,11 @@ def run(args, warned):
             field = measure_field = subtract_background(
                 pixels, excluded, noise, method, origin.saturation, args.threads
             )
-            lines += describe_field(field)
+            chosen = None
+            if args.thresh == "auto":
+                field, chosen = choose_threshold(field, args.purity)
+                measure_field = field
+            lines += [*describe_field(field), *filter(None, [chosen])]
             counts = counts_advice(field, values[values != padding])
             if field.is_noiseless() and counts:
                 raise InputError(counts)
@@ -3310,8 +3405,8 @@ def run(args, warned):
             of_noise = noise_advice(field) or noise_unit_advice(field, sky_noise)
             warn(DATA_WARNING, *data, linear, of_noise, no_sources_advice(field, found))
             warn(BACKGROUND_WARNING, boxes_advice(field, found))
-            warn(logging.WARNING, purity_advice(false, found), depth_advice(field, sky_noise))
-            warn(logging.WARNING, seeds_advice(found, seeds))
+            deep = None if args.thresh == "auto" else depth_advice(field, sky_noise)
+            warn(logging.WARNING, purity_advice(false, found), deep, seeds_advice(found, seeds))
         if args.measure_image:
             with about(measure_origin.name):
                 excluded = build_mask(measure_pixels, mask, None, args.mask_box)
@@ -3347,7 +3442,7 @@ def run(args, warned):
             false=false,
             seeds=seeds,
             warning=messages[0] if messages else "",
-            settings=describe_settings(args, origin, flux_noise),
+            settings=[*describe_settings(args, origin, flux_noise), *filter(None, [chosen])],
             image_format=args.image_format,
         )
         write_products(paths, targets, result, args.threads)
@@ -3370,6 +3465,8 @@ def subtract_background(pixels, mask, noise, method, saturation, threads):
         copies = pixels.copy(), mask, None if noise is None else noise.copy()
         first = build_field(*copies, method)
         if not first.is_noiseless():
+            if math.isnan(method.extraction.thresh):
+                first = first.with_extraction(thresh=FIRST_PASS * sigma_below(first))
             objects = find_sources(first, threads).objects
     return build_field(pixels, mask, noise, method, saturation, objects)
 
@@ -3521,6 +3618,9 @@ def main(argv=None):
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.auto:
+        parser.set_defaults(**AUTO)  # other options that are given win
+        args = parser.parse_args(argv)
     words = args.form or str
     warned = start_logging(args, words)
     gc.disable()  # garbage collection takes 0.4 s during imports, and 0.6 s at exit

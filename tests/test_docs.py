@@ -88,7 +88,7 @@ def test_the_tutorial_calls_settings_as_the_form_does():
 def test_the_form_has_the_settings_of_the_example():
     form = "".join(path.read_text() for path in ROOT.glob("*.xml"))
     rows = re.findall(r"^\| (\*.*)$", README, re.MULTILINE)
-    assert len(rows) == 4
+    assert len(rows) == 5
     for row in rows:
         for name in re.findall(r"\*([^*|]+)\*", row):
             assert re.search(rf'(label|title)="{re.escape(name)}[":]', form), name

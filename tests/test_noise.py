@@ -9,12 +9,13 @@ import pytest
 import sep
 from astropy.io import fits
 from numpy.testing import assert_allclose, assert_array_equal
+from pandas.testing import assert_frame_equal
 
 import sky
 import source_extractor
 from common import SKY, field_of
 from sky import stacked_noise, unit_noise
-from source_extractor import are_strong, count_false, count_in_negative, find_sources, measure_noise
+from source_extractor import are_strong, count_false, count_sources, find_sources, measure_noise
 from truth import INDEPENDENT, nearest, spread
 
 SIGMA = 10.0
@@ -315,9 +316,9 @@ def test_large_images_are_searched_in_strips(monkeypatch):
     image = SIGMA * unit_noise((2000, 400), np.random.default_rng(2), 2)
     image = (image * np.linspace(0.5, 1.5, 2000)[:, np.newaxis]).astype(np.float32)
     field = field_of(image, thresh=1.2)
-    whole = count_in_negative(field)
+    whole = count_sources(field, -1)
     monkeypatch.setattr(source_extractor, "STRIP_PIXELS", 20_000)
-    parts = count_in_negative(field)
+    parts = count_sources(field, -1)
     assert whole > 500
     assert parts != whole
     assert parts == pytest.approx(whole, rel=0.15)
@@ -461,3 +462,80 @@ def test_without_empty_sky_the_noise_is_not_measured(run, write):
     assert "purity        unknown: there is too little empty sky, or no noise" in result.out
     assert result.catalog["detection_snr"].isna().all()
     assert (result.catalog["fluxerr_auto"] > 0).all()
+
+
+# Automatic threshold
+
+
+def stars_in(size, fwhm, seed=1):
+    """Return an image of stars, most of them faint, in noise of this FWHM, and their places."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.uniform(3, size - 4, (2, size**2 // 1200))
+    flux = 5.3 * max(fwhm, 1) * (3 + 3 * rng.pareto(1.2, len(x)))  # S/N of about 3 and more
+    light = sky.light((size, size), sky.stars(x, y, flux, fwhm=3.5))
+    return light + unit_noise(light.shape, rng, fwhm), {"x": x, "y": y}
+
+
+@pytest.mark.parametrize("fwhm", [0, 2, 3])
+def test_the_automatic_threshold_has_the_purity(run, write, fwhm):
+    image, stars = stars_in(1024, fwhm)
+    path, depths = write(image.astype(np.float32)), []
+    for purity in (0.9, 0.97, 0.99):
+        result = run(path, "--auto", "--purity", purity)
+        real = nearest(result.catalog, stars)[1] < 3.5
+        assert real.mean() == pytest.approx(purity, abs=0.045)
+        depths.append(float(re.search(r"detection +(\S+) sigma", result.out)[1]))
+    assert 2.3 < depths[0] < depths[1] < depths[2] < 4.3
+
+
+def test_a_run_can_be_repeated_with_the_threshold_it_names(run, write):
+    image, _ = stars_in(512, 2)
+    path = write((1e4 * image).astype(np.float32))
+    noise = write(np.full(image.shape, 1e4, np.float32), "noise.fits")
+    file = "--err-option", "file", "--err-file", noise
+    for options in ((), ("--err-option", "none"), file):
+        chosen = run(path, "--thresh", "auto", *options)
+        thresh = re.search(r"auto +--thresh (\S+) for", chosen.out)[1]
+        number = run(path, "--thresh", thresh, *options)
+        assert len(chosen.catalog) > 50
+        assert_frame_equal(number.catalog, chosen.catalog)
+        # The first of two passes has a threshold of its own.
+        twice = run(path, "--auto", *options)
+        thresh = re.search(r"auto +--thresh (\S+) for", twice.out)[1]
+        number = run(path, "--auto", "--thresh", thresh, *options)
+        assert len(number.catalog) == pytest.approx(len(twice.catalog), rel=0.03)
+
+
+def test_pure_noise_has_no_sources_at_an_automatic_threshold(run, write):
+    image = unit_noise((600, 600), np.random.default_rng(3), 2)
+    result = run(write(image.astype(np.float32)), "--auto")
+    assert "4.2 sigma, the highest that is tried" in result.out
+    assert len(result.catalog) <= 2
+
+
+def test_automatic_settings_give_way_to_those_that_are_given(run):
+    given = {"background_passes": "2", "filter_case": "'gaussian'", "thresh": "'auto'"}
+    for options, contrast in (((), "0.0001"), (("--deblend-cont", 0.005), "0.005")):
+        rms = run(SKY, "--auto", *options).directory / "rms.fits"
+        lines = [line.split(" = ") for line in fits.getheader(rms)["HISTORY"] if " = " in line]
+        assert (given | {"deblend_cont": contrast}).items() <= dict(lines).items()
+
+
+def test_the_automatic_threshold_is_that_of_the_sky_among_many_stars(run, write):
+    """Not that of their light, which hides most of the sky."""
+    rng = np.random.default_rng(4)
+    x, y = rng.uniform(0, 399, (2, 1800))
+    light = sky.light((400, 400), sky.stars(x, y, 10 ** rng.uniform(1.5, 3.5, 1800)))
+    image = write((light + rng.normal(size=light.shape)).astype(np.float32))
+    result = run(image, "--auto", "--background-passes", 1)
+    assert 2 < float(re.search(r"detection +(\S+) sigma", result.out)[1]) < 4.5
+    assert "purity" in str(fits.getheader(result.directory / "rms.fits")["HISTORY"])
+
+
+def test_without_noise_no_threshold_can_be_chosen(run, write):
+    assert run(write(np.full((100, 100), 7, np.float32)), "--auto").code == 0
+    image = np.zeros((100, 100), np.float32)
+    image[40:50, 40:50] = 5
+    result = run(write(image, "square.fits"), "--auto")
+    assert result.code == 1
+    assert "the sky has no noise: give a number instead of --thresh auto" in result.err

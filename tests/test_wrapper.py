@@ -30,7 +30,7 @@ IN_THE_FORM = {
     not in ALWAYS | {"output_dir", "form", "verbose", "quiet", "threads", "version", "help"}
 }
 # What a user of Galaxy sees at once, and which of its datasets it shows, differ from a shell.
-OTHER_DEFAULTS = {"--image-format": "input", "--overview": True}
+OTHER_DEFAULTS = {"--image-format": "input", "--overview": True, "--auto": "sextractor"}
 
 
 def expanded(element, macros):
@@ -85,10 +85,10 @@ def test_the_form_has_every_option_and_no_other():
 
 
 def test_the_sections_are_in_the_order_of_the_work():
-    image, thresh, *sections = INPUTS
-    assert (image.get("name"), thresh.get("argument")) == ("image", "--thresh")
+    image, settings, *sections = INPUTS
+    assert (image.get("name"), settings.get("name")) == ("image", "settings")
     assert [section.get("name") for section in sections] == [
-        *("input", "masking", "mesh", "detection", "filtering", "deblending", "photometry"),
+        *("input", "masking", "mesh", "detection", "deblending", "photometry"),
         "outputs",
     ]
 
@@ -282,7 +282,8 @@ def test_the_workflow_has_the_version_of_the_tool_and_all_values_of_the_form():
     assert step["tool_version"] == version
     threshold = WORKFLOW["inputs"]["threshold"]
     assert (threshold["optional"], threshold["default"]) == (False, 1.5)
-    assert step["state"] | {"thresh": 1.5} == form_state(INPUTS)
+    step["state"]["settings"]["thresh"] = threshold["default"]
+    assert step["state"] == form_state(INPUTS)
 
 
 def test_the_repository_names_its_owner_and_holds_what_the_tool_needs():
@@ -316,7 +317,7 @@ def test_messages_name_options_as_the_form_does():
     )
     assert words("--mask-box 1 2 3 4") == '"Masking: Rectangle to mask" 1 2 3 4'
     assert words("--threads; a--hdu.fits") == "--threads; a--hdu.fits"
-    assert words("gaussian --filter-fwhm 4") == 'gaussian "Filter: Full width at half maximum" 4'
+    assert words("gaussian --filter-fwhm 4") == 'gaussian "Full width at half maximum" 4'
 
 
 def test_running_out_of_memory_has_its_own_exit_code():

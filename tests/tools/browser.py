@@ -58,8 +58,8 @@ SIDES = "xmin", "xmax", "ymin", "ymax"
 PLACES = {0: ("4", "140", "215", "351"), 1: ("232", "351", "12", "130")}
 SETTINGS = {
     **{f"masking|mask_box_{k}|{SIDES[i]}": PLACES[k][i] for k in PLACES for i in range(4)},
-    **{"thresh": "2.0", "mesh|background_passes": "2", "detection|gain": "4.5"},
-    **{"filtering|kernel|filter_case": "gaussian", "filtering|kernel|filter_fwhm": "3.5"},
+    **{"settings|thresh": "2.0", "settings|background_passes": "2", "detection|gain": "4.5"},
+    **{"settings|kernel|filter_case": "gaussian", "settings|kernel|filter_fwhm": "3.5"},
     **{"deblending|clean": False, "photometry|aperture_diameters": "5 10"},
     "outputs|regions": True,
 }
