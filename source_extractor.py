@@ -3477,6 +3477,8 @@ def describe_settings(args, origin, noise):
     Files are named without directories.
     """
     left_out = {"output_dir", "image_format", "form", "verbose", "quiet", "threads", *PRODUCTS}
+    if args.thresh != "auto":
+        left_out.add("purity")
     options = vars(args) | {"hdu": origin.hdu}
     lines = [
         f"{name} = {value.name if isinstance(value, Path) else value!a}"
