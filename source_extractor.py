@@ -1218,6 +1218,10 @@ class Field:
         noise = 1.0 if self.method.err_option == "none" else self.filtered_noise
         return np.broadcast_to(noise, self.mask.shape)
 
+    def threshold_scale(self):
+        """Return by what a threshold of the field is multiplied to be one of `--thresh`."""
+        return self.frame.scale if self.method.err_option == "none" else 1
+
     def weights_by_noise(self):
         """Return True if SEP's matched filter weights each pixel by its noise."""
         matched = self.method.extraction.filter_type == "matched"
@@ -1800,8 +1804,10 @@ FIRST_PIXELS = 10_000  # pixels from which sigma is first estimated
 
 STRIPS, STRIP_PIXELS = 16, 2**17  # where sources of a large image and its negative are counted
 
-LEVELS = np.linspace(2.3, 4.2, 5)  # thresholds to try, in sigmas of the filtered image
-FEW, SAFE_LEVEL = 100, 3.2  # with fewer sources the threshold is at least so many sigmas
+# Automatic threshold, in sigmas of the filtered image.
+LEVELS = np.linspace(2.3, 4.2, 5)  # thresholds to try
+SAFE_LEVEL = 3.2  # lowest threshold where the purity is uncertain
+FEW = 100  # number of sources below which it is uncertain
 VERY_SKEWED = 0.4  # the least skewness at which the negative says nothing about noise
 FIRST_PASS = 3.75  # sigmas above which sources are masked for the second background pass
 
@@ -2038,7 +2044,7 @@ def choose_threshold(field, purity):
         )
     if abs(noise.skewness) > MAX_SKEWNESS:
         note += "; bright and dark noise differ, so that the purity is uncertain"
-    unit = field.frame.scale if field.method.err_option == "none" else 1
+    unit = field.threshold_scale()
     thresh = float(f"{level * sigma * unit:.4g}")
     line = f"auto          --thresh {thresh:g} for a purity of {purity:g}{note}"
     return field.with_extraction(thresh=thresh / unit), line
@@ -3387,11 +3393,11 @@ def run(args, warned):
             field = measure_field = subtract_background(
                 pixels, excluded, noise, method, origin.saturation, args.threads
             )
-            chosen = None
+            chosen = []
             if args.thresh == "auto":
-                field, chosen = choose_threshold(field, args.purity)
+                field, *chosen = choose_threshold(field, args.purity)
                 measure_field = field
-            lines += [*describe_field(field), *filter(None, [chosen])]
+            lines += [*describe_field(field), *chosen]
             counts = counts_advice(field, values[values != padding])
             if field.is_noiseless() and counts:
                 raise InputError(counts)
@@ -3442,7 +3448,7 @@ def run(args, warned):
             false=false,
             seeds=seeds,
             warning=messages[0] if messages else "",
-            settings=[*describe_settings(args, origin, flux_noise), *filter(None, [chosen])],
+            settings=[*describe_settings(args, origin, flux_noise), *chosen],
             image_format=args.image_format,
         )
         write_products(paths, targets, result, args.threads)
@@ -3540,7 +3546,7 @@ def describe_detection(field, noise, false, found):
     """Return lines on the depth of the detection, and on false sources."""
     thresh, number, lines = field.method.extraction.thresh, len(found.objects), []
     if math.isfinite(noise.sigma):
-        deep = 4 * noise.sigma * (field.frame.scale if field.method.err_option == "none" else 1)
+        deep = 4 * noise.sigma * field.threshold_scale()
         depth = f"{thresh / noise.sigma:.3g} sigma of the filtered image"
         lines.append(f"detection     {depth}; --thresh {deep:.3g} is 4 sigma")
     if number:
